@@ -1,0 +1,27 @@
+"""MMFuser (arXiv 2410.11829) for an unmodified LLaVA: ``--mm_projector_type mmfuser``.
+
+Importing this package imports nothing heavy: it runs at every interpreter start, so the API below is resolved on use.
+"""
+
+__version__ = "0.1.0"
+
+_API = {
+    "MMFuser": "fuser",
+    "MMFuserConfig": "config",
+    "MMFuserProjector": "projector",
+    "activate": "activation",
+    "deactivate": "activation",
+    "status": "llava_patch",
+}
+__all__ = ["__version__"] + sorted(_API)
+
+
+def __getattr__(name):
+    if name not in _API:
+        raise AttributeError("module %r has no attribute %r" % (__name__, name))
+    module = __import__("%s.%s" % (__name__, _API[name]), fromlist=[name])
+    return getattr(module, name)
+
+
+def __dir__():
+    return sorted(set(globals()) | set(_API))

@@ -1,0 +1,68 @@
+"""Multi-scale deformable attention (arXiv 2010.04159), all levels on the query's own grid."""
+
+import math
+from typing import Tuple
+
+import torch
+from torch import nn
+
+from ..ops import deformable_sampling
+from ..resettable import Linear
+
+
+class _OffsetLinear(Linear):
+    """Zero weight; the bias points each head in its own direction, point k at distance k+1 (Deformable DETR's ring)."""
+
+    def __init__(self, hidden_size: int, num_heads: int, num_levels: int, num_points: int):
+        self.shape = (num_heads, num_levels, num_points, 2)
+        super().__init__(hidden_size, math.prod(self.shape))
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        num_heads, _, num_points, _ = self.shape
+        angle = torch.arange(num_heads, dtype=torch.float32) * (2 * math.pi / num_heads)
+        direction = torch.stack([angle.cos(), angle.sin()], -1)
+        direction = direction / direction.abs().amax(-1, keepdim=True)
+        distance = torch.arange(1, num_points + 1, dtype=torch.float32)
+        ring = direction.view(-1, 1, 1, 2) * distance.view(1, 1, -1, 1)
+        self.weight.zero_()
+        self.bias.copy_(ring.expand(self.shape).reshape(-1))
+
+
+class _ZeroLinear(Linear):
+    """Zero weight and bias: every sample starts with the same attention weight."""
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        self.weight.zero_()
+        self.bias.zero_()
+
+
+class DeformableAttention(nn.Module):
+    """Each query samples a few learned places around its own cell in every level.
+
+    Args:
+        hidden_size: feature width C.
+        num_levels: number of value maps L.
+        num_heads: heads; must divide hidden_size.
+        num_points: samples per head and level.
+
+    Parameter names and the row order of `sampling_offsets` (head, level, point, xy) and `attention_weights`
+    (head, level, point) are Deformable DETR's and the authors'.
+    """
+
+    def __init__(self, hidden_size: int, num_levels: int, num_heads: int, num_points: int):
+        super().__init__()
+        self.shape = (num_heads, num_levels, num_points)
+        self.sampling_offsets = _OffsetLinear(hidden_size, num_heads, num_levels, num_points)
+        self.attention_weights = _ZeroLinear(hidden_size, math.prod(self.shape))
+        self.value_proj = Linear(hidden_size, hidden_size)
+        self.output_proj = Linear(hidden_size, hidden_size)
+
+    def forward(self, query: torch.Tensor, value: torch.Tensor, grid: Tuple[int, int]) -> torch.Tensor:
+        """Attend from query [B, H*W, C] to value [B, L*H*W, C], levels in order, on a grid (H, W): [B, H*W, C]."""
+        batch, queries, _ = query.shape
+        value = self.value_proj(value).view(batch, value.shape[1], self.shape[0], -1)
+        offsets = self.sampling_offsets(query).view(batch, queries, *self.shape, 2)
+        logits = self.attention_weights(query).view(batch, queries, *self.shape)
+        return self.output_proj(deformable_sampling(value, offsets, logits, grid))

@@ -1,0 +1,241 @@
+"""Every setting of the fuser: default, help text, parsing, validation, and its place in a LLaVA config."""
+
+import dataclasses
+import re
+from dataclasses import dataclass, field
+from typing import Any, Callable, Dict, List, Optional, Tuple, Union
+
+PROJECTOR_TYPE = "mmfuser"
+NUM_UNIFORM_LAYERS = 5
+ATTENTION_KINDS = ("deformable",)
+SPELLINGS = "-2, 3,8,13,18,23, =-22,-17,-12,-7,-2, \"3 8 13 18 23\", [3,8,13,18,23] or list-22/-17/-12/-7/-2"
+
+Layers = Union[int, Tuple[int, ...]]
+
+
+def parse_layers(value: Any, setting: str = "mm_vision_select_layer") -> Layers:
+    """Read one `hidden_states` index or a list of them, in every spelling that people use.
+
+    Args:
+        value: an int; a list or tuple of ints; or a string such as ``-2``, ``3,8,13,18,23``, ``=-22,-17,-12,-7,-2``,
+            ``"3 8 13 18 23"``, ``[3,8,13,18,23]`` or the authors' ``list-22/-17/-12/-7/-2``.
+        setting: the name used in error messages.
+
+    Returns:
+        The int, or the tuple of ints in the given order.
+
+    Raises:
+        ValueError: the value cannot be read as layers, or names fewer than two of them in a list.
+    """
+    if isinstance(value, int) and not isinstance(value, bool):
+        return value
+    if isinstance(value, str):
+        text = value.strip().lstrip("=").strip()
+        is_list = text.startswith(("list", "["))
+        text = text[len("list"):] if text.startswith("list") else text.strip("[]()")
+        items = [item for item in re.split(r"[,/\s]+", text.strip()) if item]
+        if not items or not all(re.fullmatch(r"[+-]?\d+", item) for item in items):
+            raise ValueError(f"{setting}={value!r} is not a list of layers; write it as {SPELLINGS}")
+        layers = tuple(int(item) for item in items)
+        if len(layers) == 1 and not is_list:
+            return layers[0]
+    elif isinstance(value, (list, tuple)) and all(isinstance(i, int) and not isinstance(i, bool) for i in value):
+        layers = tuple(value)
+    else:
+        raise ValueError(f"{setting}={value!r} is not a list of layers; write it as {SPELLINGS}")
+    if len(layers) < 2:
+        raise ValueError(
+            f"{setting}={value!r} names {len(layers)} layer(s), but a fuser needs at least 2, the query last; "
+            f"give the query alone as an int (-2) for the uniform default, or all layers, such as 3,8,13,18,23"
+        )
+    return layers
+
+
+def resolve_layers(layers: Layers, num_hidden_layers: int, setting: str = "mm_vision_select_layer") -> Tuple[int, ...]:
+    """Turn layers into non-negative, ascending `hidden_states` indices of one tower.
+
+    A single query layer q gets `NUM_UNIFORM_LAYERS` layers spread uniformly below it: stride = round(q / 5), so that
+    ViT-L's 23 gives 3, 8, 13, 18, 23 (paper, section 4.1; index 0 is the embedding output, i the output of block i).
+
+    Args:
+        layers: a query index or all indices, shallow first, the query last; negative ones count from the end.
+        num_hidden_layers: number of blocks of the tower; valid indices are -(n+1) … n.
+
+    Raises:
+        ValueError: an index out of range, duplicates, an order that is not shallow to deep, or a query so shallow that
+            no uniform set lies below it.
+    """
+    size = num_hidden_layers + 1
+    given = (layers,) if isinstance(layers, int) else layers
+    for index in given:
+        if not -size <= index < size:
+            raise ValueError(
+                f"{setting}={_spell(layers)}: layer {index} does not exist; this vision tower has {num_hidden_layers} "
+                f"blocks, so hidden_states indices go from 0 to {num_hidden_layers} or from {-size} to -1"
+            )
+    resolved = tuple(index % size for index in given)
+    if isinstance(layers, int):
+        query = resolved[0]
+        stride = round(query / NUM_UNIFORM_LAYERS)
+        first = query - (NUM_UNIFORM_LAYERS - 1) * stride
+        if stride < 1 or first < 0:
+            raise ValueError(
+                f"{setting}={layers}: there is no uniform set of {NUM_UNIFORM_LAYERS} layers below hidden_states"
+                f"[{query}]; name the layers yourself, for example {setting}=0,{max(query, 1)}"
+            )
+        return tuple(range(first, query + 1, stride))
+    if len(set(resolved)) != len(resolved):
+        raise ValueError(f"{setting}={_spell(layers)} names a layer twice (as indices: {_spell(resolved)}); "
+                         f"every layer may appear once")
+    if list(resolved) != sorted(resolved):
+        raise ValueError(f"{setting}={_spell(layers)} is not in order (as indices: {_spell(resolved)}); "
+                         f"write shallow to deep, the query layer last: {_spell(tuple(sorted(resolved)))}")
+    return resolved
+
+
+def _spell(layers: Layers) -> str:
+    return str(layers) if isinstance(layers, int) else ",".join(map(str, layers))
+
+
+@dataclass(frozen=True)
+class MMFuserConfig:
+    """Settings of the fuser. In a LLaVA config and on the command line field ``x`` is called ``mm_fuser_x``.
+
+    Raises:
+        ValueError: a value that is not allowed, with the setting, the value and what is allowed.
+    """
+
+    layers: Layers = field(default=-2, metadata={
+        "help": "hidden_states indices fed to the fuser, shallow first, the query layer last. Default: five layers "
+                "spread uniformly up to --mm_vision_select_layer."})
+    projector: str = field(default="mlp2x_gelu", metadata={
+        "help": "LLaVA projector behind the fuser: linear or mlpNx_gelu. Default: mlp2x_gelu."})
+    attention: str = field(default="deformable", metadata={
+        "help": "Attention kind inside the fuser: %s. Default: deformable." % ", ".join(ATTENTION_KINDS)})
+    self_attention: bool = field(default=True, metadata={
+        "help": "Refine the cross-attention's output by self-attention. Default: True."})
+    num_heads: int = field(default=16, metadata={"help": "Attention heads; must divide the tower's width. Default: 16."})
+    num_points: int = field(default=4, metadata={"help": "Sampling points per head and level. Default: 4."})
+
+    def __post_init__(self):
+        object.__setattr__(self, "layers", parse_layers(self.layers, "mm_fuser_layers"))
+        if not re.fullmatch(r"linear|mlp[1-9]\d*x_gelu", str(self.projector)):
+            raise ValueError(f"mm_fuser_projector={self.projector!r} is not allowed; "
+                             f"use linear or mlpNx_gelu, such as mlp2x_gelu")
+        if self.attention not in ATTENTION_KINDS:
+            raise ValueError(f"mm_fuser_attention={self.attention!r} is not allowed; use {' or '.join(ATTENTION_KINDS)}")
+        if not isinstance(self.self_attention, bool):
+            raise ValueError(f"mm_fuser_self_attention={self.self_attention!r} is not allowed; use True or False")
+        for name in ("num_heads", "num_points"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise ValueError(f"mm_fuser_{name}={value!r} is not allowed; use a whole number of at least 1")
+
+    @property
+    def num_layers(self) -> int:
+        """Number of feature maps: those that are listed, or `NUM_UNIFORM_LAYERS` where only the query is given."""
+        return NUM_UNIFORM_LAYERS if isinstance(self.layers, int) else len(self.layers)
+
+    def resolve(self, vision_config: Any) -> "MMFuserConfig":
+        """Check the settings against a CLIP vision config and return them with explicit, non-negative layers.
+
+        Raises:
+            ValueError: layers that the tower does not have, or heads that do not divide its width.
+        """
+        check_num_heads(vision_config.hidden_size, self.num_heads)
+        layers = resolve_layers(self.layers, vision_config.num_hidden_layers)
+        return dataclasses.replace(self, layers=layers)
+
+    @classmethod
+    def from_llava(cls, source: Any) -> "MMFuserConfig":
+        """Read the ``mm_fuser_*`` attributes of a LLaVA config or of `ModelArguments`; absent or None means default.
+
+        The layers are ``mm_fuser_layers``, else ``mm_vision_select_layer``.
+        """
+        given = {f.name: getattr(source, FLAG_PREFIX + f.name, None) for f in dataclasses.fields(cls)}
+        if given["layers"] is None:
+            select_layer = getattr(source, "mm_vision_select_layer", None)
+            given["layers"] = None if select_layer is None else parse_layers(select_layer)
+        return cls(**{name: value for name, value in given.items() if value is not None})
+
+    def to_llava(self) -> Dict[str, Any]:
+        """The flat ``mm_fuser_*`` keys for ``config.json``; call it on what `resolve` returned."""
+        flat = {FLAG_PREFIX + f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        flat["mm_fuser_layers"] = list(self.layers)
+        return flat
+
+
+FLAG_PREFIX = "mm_fuser_"
+
+
+def check_num_heads(hidden_size: int, num_heads: int) -> None:
+    """Raise ValueError unless the heads divide the width."""
+    if hidden_size % num_heads:
+        allowed = [n for n in range(1, hidden_size + 1) if hidden_size % n == 0 and n <= 64]
+        raise ValueError(f"mm_fuser_num_heads={num_heads} does not divide the feature width {hidden_size}; "
+                         f"use one of {', '.join(map(str, allowed))}")
+
+
+def explicit_settings(source: Any) -> Dict[str, Any]:
+    """The ``mm_fuser_*`` settings that the user gave, without the prefix; layers also from a listed select layer."""
+    given = {f.name: getattr(source, FLAG_PREFIX + f.name, None) for f in dataclasses.fields(MMFuserConfig)}
+    if given["layers"] is None:
+        select_layer = parse_layers(getattr(source, "mm_vision_select_layer", -2))
+        given["layers"] = None if isinstance(select_layer, int) else select_layer
+    else:
+        given["layers"] = parse_layers(given["layers"], "mm_fuser_layers")
+    return {name: value for name, value in given.items() if value is not None}
+
+
+def with_fuser_flags(arguments: type, check: Callable[[Any], None]) -> type:
+    """Extend LLaVA's `ModelArguments` with the ``mm_fuser_*`` flags and a select layer that may be a list.
+
+    Args:
+        arguments: a dataclass type with ``mm_projector_type`` and ``mm_vision_select_layer``.
+        check: called with every new instance; raises ValueError for settings that are not allowed.
+
+    Returns:
+        A subclass under the same name. Its ``mm_vision_select_layer`` is an int, as upstream's, or a tuple of ints;
+        every ``mm_fuser_*`` field is None unless given.
+    """
+    select_layer = arguments.__dataclass_fields__["mm_vision_select_layer"]
+    extra: List[Tuple[str, Any, Any]] = [
+        ("mm_vision_select_layer", Optional[str], field(default=select_layer.default, metadata={
+            "help": f"hidden_states index of the vision tower, or with mm_projector_type=mmfuser a list: {SPELLINGS}"})),
+    ]
+    for setting in dataclasses.fields(MMFuserConfig):
+        kind = str if setting.name == "layers" else setting.type
+        extra.append((FLAG_PREFIX + setting.name, Optional[kind], field(default=None, metadata=dict(setting.metadata))))
+
+    def __post_init__(self):
+        if hasattr(arguments, "__post_init__"):
+            arguments.__post_init__(self)
+        if self.mm_vision_select_layer is not None:
+            self.mm_vision_select_layer = parse_layers(self.mm_vision_select_layer)
+        check(self)
+
+    extended = dataclasses.make_dataclass(arguments.__name__, extra, bases=(arguments,),
+                                          namespace={"__post_init__": __post_init__, "__doc__": arguments.__doc__})
+    extended.__module__, extended.__qualname__ = arguments.__module__, arguments.__qualname__
+    return extended
+
+
+def check_arguments(arguments: Any) -> None:
+    """Refuse settings of `ModelArguments` that can be known to be wrong before any weight is read.
+
+    Raises:
+        ValueError: see `MMFuserConfig`; or fuser settings given to another ``mm_projector_type``.
+    """
+    given = explicit_settings(arguments)
+    if arguments.mm_projector_type != PROJECTOR_TYPE:
+        if given:
+            names = ", ".join("mm_vision_select_layer=" + _spell(given[n]) if n == "layers" else FLAG_PREFIX + n
+                              for n in given)
+            raise ValueError(f"{names} needs mm_projector_type={PROJECTOR_TYPE}, but it is "
+                             f"{arguments.mm_projector_type!r}; add --mm_projector_type {PROJECTOR_TYPE} or drop the setting")
+        return
+    MMFuserConfig.from_llava(arguments)
+    listed = arguments.mm_vision_select_layer
+    if "layers" in given and isinstance(listed, tuple) and listed != given["layers"]:
+        raise ValueError(f"mm_fuser_layers={_spell(given['layers'])} and mm_vision_select_layer={_spell(listed)} "
+                         f"name different layers; give one of them")

@@ -1,0 +1,103 @@
+"""MMFuser, the block of arXiv 2410.11829."""
+
+import math
+from typing import Any, Dict, Sequence
+
+import torch
+from torch import nn
+
+from .attention import ATTENTION
+from .config import ATTENTION_KINDS, check_num_heads
+from .resettable import Gate, LayerNorm
+
+# authors' name -> ours; every other name is the same (paper.md lists them)
+PUBLISHED_NAMES = {"gamma1": "cross_gate.scale", "gamma2": "self_gate.scale", "norm1.weight": "self_norm.weight",
+                   "norm1.bias": "self_norm.bias"}
+
+
+class MMFuser(nn.Module):
+    """Enriches the deepest of several feature maps of one ViT with the detail of the shallower ones.
+
+    With F_1 … F_L the maps, shallow to deep, and X the first L-1 of them::
+
+        F_ca  = cross_attn(query_norm(F_L), feat_norm(X))          one attention level per shallow map
+        F_sa  = F_ca + self_gate * self_attn(self_norm(F_ca), self_norm(F_ca))
+        F_out = F_L + cross_gate * F_sa
+
+    Both gates start at zero, so a fresh block returns F_L exactly. `load_state_dict` also takes the names of the authors'
+    published adapters, with or without their prefix ``0.``.
+
+    Args:
+        hidden_size: width C of every feature map.
+        num_layers: number of feature maps L, at least 2.
+        num_heads: attention heads; must divide hidden_size.
+        num_points: sampling points per head and level, at least 1.
+        attention: attention kind, one of `config.ATTENTION_KINDS`.
+        self_attention: False leaves out self_norm, self_attn and self_gate (F_sa = F_ca).
+
+    Raises:
+        ValueError: a setting that is not allowed, named with its value.
+    """
+
+    def __init__(self, hidden_size: int, num_layers: int = 5, num_heads: int = 16, num_points: int = 4,
+                 attention: str = "deformable", self_attention: bool = True):
+        super().__init__()
+        if num_layers < 2:
+            raise ValueError(f"num_layers={num_layers} is not allowed; a fuser needs at least 2 feature maps")
+        if num_heads < 1:
+            raise ValueError(f"mm_fuser_num_heads={num_heads} is not allowed; use a whole number of at least 1")
+        if num_points < 1:
+            raise ValueError(f"mm_fuser_num_points={num_points} is not allowed; use a whole number of at least 1")
+        if attention not in ATTENTION:
+            raise ValueError(f"mm_fuser_attention={attention!r} is not allowed; use {' or '.join(ATTENTION_KINDS)}")
+        check_num_heads(hidden_size, num_heads)
+        self.hidden_size, self.num_layers = hidden_size, num_layers
+        kind = ATTENTION[attention]
+        self.query_norm = LayerNorm(hidden_size, eps=1e-6)
+        self.feat_norm = LayerNorm(hidden_size, eps=1e-6)
+        self.cross_attn = kind(hidden_size, num_layers - 1, num_heads, num_points)
+        self.cross_gate = Gate(hidden_size)
+        if self_attention:
+            self.self_norm = LayerNorm(hidden_size, eps=1e-6)
+            self.self_attn = kind(hidden_size, 1, num_heads, num_points)
+            self.self_gate = Gate(hidden_size)
+        self.self_attention = self_attention
+
+    def forward(self, layers: Sequence[torch.Tensor]) -> torch.Tensor:
+        """Fuse feature maps.
+
+        Args:
+            layers: num_layers tensors [B, N, C], shallow first, the query last; N = side * side, row-major, no CLS.
+
+        Returns:
+            [B, N, C] in the dtype of the query.
+
+        Raises:
+            ValueError: another number of maps, maps of unequal shape or another width, or N that is not a square.
+        """
+        if len(layers) != self.num_layers:
+            raise ValueError(f"got {len(layers)} feature maps, but this fuser was built for num_layers={self.num_layers}")
+        query = layers[-1]
+        shapes = [tuple(layer.shape) for layer in layers]
+        if len(set(shapes)) != 1 or query.dim() != 3 or query.shape[-1] != self.hidden_size:
+            raise ValueError(f"every feature map must be [B, N, {self.hidden_size}] and alike, got {shapes}")
+        side = math.isqrt(query.shape[1])
+        if side * side != query.shape[1]:
+            raise ValueError(f"a feature map of {query.shape[1]} tokens is not square; give patch tokens only "
+                             f"(side * side of them, CLS dropped)")
+        grid = (side, side)
+        values = torch.cat([self.feat_norm(layer) for layer in layers[:-1]], dim=1)  # [B, (L-1)*N, C]
+        fused = self.cross_attn(self.query_norm(query), values, grid)
+        if self.self_attention:
+            normed = self.self_norm(fused)
+            fused = fused + self.self_gate(self.self_attn(normed, normed, grid))
+        return query + self.cross_gate(fused).to(query.dtype)
+
+    def _load_from_state_dict(self, state_dict: Dict[str, Any], prefix: str, *args: Any) -> None:
+        if prefix == "" and not any(key.split(".")[0] in self._modules for key in state_dict):
+            for key in [key for key in state_dict if key.startswith("0.")]:
+                state_dict[key[2:]] = state_dict.pop(key)
+        for theirs, ours in PUBLISHED_NAMES.items():
+            if prefix + theirs in state_dict:
+                state_dict[prefix + ours] = state_dict.pop(prefix + theirs)
+        super()._load_from_state_dict(state_dict, prefix, *args)

@@ -1,0 +1,363 @@
+"""Everything this package does to LLaVA, as one table (`PATCHES`), and nothing else names LLaVA's symbols.
+
+Not patched, because upstream selects on the substring ``mm_projector`` or on attributes that stay as they are: train.py
+and its saving, LoRA and quantisation code, `LLaVATrainer`, `load_pretrained_model`, the evaluation and serving scripts.
+"""
+
+import copy
+import dataclasses
+import functools
+import importlib
+import inspect
+import logging
+import os
+import sys
+from typing import Any, Callable, Dict, List, NamedTuple, Optional, Tuple
+
+from . import activation
+from .checkpoint import describe_weights
+from .config import (PROJECTOR_TYPE, MMFuserConfig, check_arguments, explicit_settings, resolve_layers,
+                     with_fuser_flags)
+from .ops import select_implementation
+from .projector import MMFuserProjector
+from .resettable import Resettable
+from .vision import capture_layers, concat_layers
+
+logger = logging.getLogger("llava_mmfuser")
+_CLIP_TYPES = ("clip", "clip_vision_model")
+
+
+def _tower_init(original, self, vision_tower, args, delay_load=False):
+    if getattr(args, "mm_projector_type", None) != PROJECTOR_TYPE:
+        _refuse_layer_list(args)
+        return original(self, vision_tower, args, delay_load=delay_load)
+    settings = _resolve(args, vision_tower)
+    original(self, vision_tower, args, delay_load=delay_load)
+    self.select_layer = list(settings.layers)
+
+
+def _tower_feature_select(original, self, image_forward_outs):
+    if not isinstance(self.select_layer, list):
+        return original(self, image_forward_outs)
+    return concat_layers(image_forward_outs.hidden_states, self.select_layer, self.select_feature)
+
+
+def _tower_forward(original, self, images):
+    if not isinstance(self.select_layer, list):
+        return original(self, images)
+    if type(images) is list:
+        return [_tower_forward(original, self, image.unsqueeze(0)) for image in images]
+    pixel_values = images.to(device=self.device, dtype=self.dtype)
+    return capture_layers(self.vision_tower, pixel_values, self.select_layer, self.select_feature, images.dtype)
+
+
+def _build_vision_projector(original, config, delay_load=False, **kwargs):
+    if getattr(config, "mm_projector_type", "linear") != PROJECTOR_TYPE:
+        return original(config, delay_load=delay_load, **kwargs)
+    settings = MMFuserConfig.from_llava(config)
+    inner_config = copy.copy(config)
+    inner_config.mm_projector_type = settings.projector
+    # The inner projector first: it gets the same initial weights as in a run without the fuser.
+    inner = original(inner_config, delay_load=delay_load, **kwargs)
+    return MMFuserProjector.build(settings, config.mm_hidden_size, inner)
+
+
+def _initialize_vision_modules(original, self, model_args, fsdp=None):
+    projector = getattr(self, "mm_projector", None)
+    wanted = getattr(model_args, "mm_projector_type", "linear") == PROJECTOR_TYPE
+    fused = isinstance(projector, MMFuserProjector)
+    if not wanted:
+        if fused:
+            raise ValueError(
+                f"mm_projector_type={model_args.mm_projector_type!r}, but the checkpoint has a fuser "
+                f"(mm_projector_type={PROJECTOR_TYPE!r} in its config.json); write --mm_projector_type {PROJECTOR_TYPE}")
+        _refuse_layer_list(model_args)
+        return original(self, model_args, fsdp=fsdp)
+
+    if fused:
+        settings, weights = _kept_settings(self, model_args), "kept from the checkpoint"
+    else:
+        settings, weights = _resolve(model_args, model_args.vision_tower), "fresh, starts as identity"
+        if projector is not None:
+            settings = _existing_projector_settings(self.config, model_args, settings)
+            self.mm_projector = _put_fuser_in_front(projector, settings, self.get_vision_tower())
+    self.config.update(settings.to_llava())
+    original(self, model_args, fsdp=fsdp)
+    query = model_args.mm_vision_select_layer
+    tower_config = self.get_vision_tower().config
+    if not isinstance(query, int) or query % (tower_config.num_hidden_layers + 1) != settings.layers[-1]:
+        self.config.mm_vision_select_layer = settings.layers[-1]
+    if model_args.pretrain_mm_mlp_adapter is not None:
+        weights = f"from {model_args.pretrain_mm_mlp_adapter}"
+    _report(self.mm_projector, settings, weights)
+
+
+def _initialize_weights(original, self, module):
+    """Parameters that a checkpoint lacked, and models made without one: the fuser's modules know their own values."""
+    if isinstance(module, Resettable) and not getattr(module, "_is_hf_initialized", False):
+        module.reset_parameters()
+        module._is_hf_initialized = True
+    else:
+        original(self, module)
+
+
+def _load_pretrained_weights(original, model, *args, **kwargs):
+    loaded = original(model, *args, **kwargs)
+    for projector in model.modules():
+        if isinstance(projector, MMFuserProjector):
+            source = args[3] if len(args) > 3 else kwargs.get("pretrained_model_name_or_path")
+            _report(projector, MMFuserConfig.from_llava(model.config), describe_weights(source, loaded[1], projector))
+    return loaded
+
+
+def _parser_init(original, self, dataclass_types, **kwargs):
+    single = dataclasses.is_dataclass(dataclass_types)
+    extended = [_with_flags(kind) for kind in ([dataclass_types] if single else dataclass_types)]
+    original(self, extended[0] if single else extended, **kwargs)
+
+
+class Patch(NamedTuple):
+    """One row: what is replaced (None: only relied upon), by what, which parameters it must have, and why."""
+
+    target: str
+    replacement: Optional[Callable]
+    parameters: Tuple[str, ...]
+    reason: str
+
+
+_CLIP_ENCODER = "llava.model.multimodal_encoder.clip_encoder:CLIPVisionTower"
+PATCHES = (
+    Patch(_CLIP_ENCODER + ".__init__", _tower_init, ("self", "vision_tower", "args", "delay_load"),
+          "checks and resolves the layers before the tower's weights are read"),
+    Patch(_CLIP_ENCODER + ".feature_select", _tower_feature_select, ("self", "image_forward_outs"),
+          "select_layer may be a list"),
+    Patch(_CLIP_ENCODER + ".forward", _tower_forward, ("self", "images"),
+          "several layers in one pass that ends at the deepest of them"),
+    Patch("llava.model.multimodal_projector.builder:build_vision_projector", _build_vision_projector,
+          ("config", "delay_load", "kwargs"), "knows mm_projector_type=mmfuser"),
+    Patch("llava.model.llava_arch:build_vision_projector", _build_vision_projector,
+          ("config", "delay_load", "kwargs"), "the same function under the name llava_arch imported"),
+    Patch("llava.model.llava_arch:LlavaMetaModel.initialize_vision_modules", _initialize_vision_modules,
+          ("self", "model_args", "fsdp"), "an existing projector gets the fuser in front; config.json tells the truth"),
+    Patch("transformers.modeling_utils:PreTrainedModel._initialize_weights", _initialize_weights, ("self", "module"),
+          "fuser weights missing from a checkpoint start as identity"),
+    Patch("transformers.modeling_utils:PreTrainedModel._load_pretrained_model", _load_pretrained_weights,
+          ("model", "state_dict", "loaded_keys", "resolved_archive_file", "pretrained_model_name_or_path"),
+          "says where the fuser's weights came from"),
+    Patch("transformers.hf_argparser:HfArgumentParser.__init__", _parser_init, ("self", "dataclass_types"),
+          "the mm_fuser_* flags, and lists in mm_vision_select_layer"),
+    Patch("transformers.models.clip.modeling_clip:CLIPEncoderLayer.forward", None,
+          ("self", "hidden_states", "attention_mask", "causal_attention_mask"), "called block by block"),
+)
+
+_originals: Dict[str, Any] = {}
+_refusal: Optional[str] = None
+
+
+def apply() -> None:
+    """Check every row of `PATCHES`, then apply all of them, or none: a LLaVA that has drifted is left alone.
+
+    In that case stderr says why, and ``mm_projector_type=mmfuser`` raises the same reason. Idempotent.
+    """
+    global _refusal
+    if _originals:
+        return
+    _log_to_stderr()
+    problems = [f"{row.target}: {detail}" for row, state, detail in check() if state != "ok"]
+    if problems:
+        _refusal = (f"llava_mmfuser does not fit this LLaVA ({_path_of('llava')}), which is left unpatched: "
+                    f"{'; '.join(problems)}. `python -m llava_mmfuser status` shows every row; "
+                    f"use LLaVA 1.1.3 … 1.2.2.post1 or main, or report the change.")
+        sys.stderr.write(f"{_refusal}\n")
+        _refuse_mmfuser(_refusal)
+        return
+    _refusal = None
+    for row in PATCHES:
+        if row.replacement is not None:
+            _replace(row.target, row.replacement)
+
+
+def revert() -> None:
+    """Put every original back."""
+    for target, original in _originals.items():
+        owner, name = _owner(target)
+        setattr(owner, name, original)
+    _originals.clear()
+
+
+def check() -> List[Tuple[Patch, str, str]]:
+    """Each row with its state, ``ok``, ``missing`` or ``changed``, and what was expected and found."""
+    return [(row, *_check_row(row)) for row in PATCHES]
+
+
+def status() -> Dict[str, Any]:
+    """What is installed and patched. Imports LLaVA.
+
+    Returns:
+        ``active`` (bool), ``reason`` (why not, or None), ``llava`` (its folder, or None), ``versions`` (package to
+        version or None), ``targets`` (list of target, state, detail), ``implementations`` (device to name).
+    """
+    reason = _refusal
+    try:
+        importlib.import_module(activation.TRIGGER)
+    except Exception as error:
+        reason = f"LLaVA cannot be imported: {type(error).__name__}: {error}"
+    if not _originals and reason is None:
+        reason = _refusal or "the hook is not installed in this interpreter"
+    return {
+        "active": bool(_originals),
+        "reason": None if _originals else reason,
+        "llava": _path_of("llava"),
+        "versions": {name: _version_of(name) for name in
+                     ("llava_mmfuser", "llava", "llava-torch", "torch", "transformers", "deepspeed", "flash-attn", "triton")},
+        "targets": [(row.target, state, detail) for row, state, detail in check()],
+        "implementations": {device: select_implementation(device) for device in ("cpu", "cuda")},
+    }
+
+
+def _check_row(row: Patch) -> Tuple[str, str]:
+    try:
+        owner, name = _owner(row.target)
+        found = _originals.get(row.target) or inspect.getattr_static(owner, name)
+    except (ImportError, AttributeError) as error:
+        return "missing", f"not found ({error})"
+    parameters = tuple(inspect.signature(getattr(found, "__func__", found)).parameters)
+    if isinstance(found, classmethod):
+        parameters = parameters[1:]
+    if parameters[:len(row.parameters)] != row.parameters:
+        return "changed", f"expected parameters ({', '.join(row.parameters)}), found ({', '.join(parameters)})"
+    return "ok", "patched" if row.target in _originals else ("relied upon" if row.replacement is None else "not patched")
+
+
+def _owner(target: str) -> Tuple[Any, str]:
+    module, _, path = target.partition(":")
+    *parents, name = path.split(".")
+    return functools.reduce(getattr, parents, importlib.import_module(module)), name
+
+
+def _replace(target: str, replacement: Callable) -> None:
+    owner, name = _owner(target)
+    original = inspect.getattr_static(owner, name)
+    call = getattr(original, "__func__", original)
+
+    if isinstance(original, classmethod):
+        @functools.wraps(call)
+        def wrapper(cls, *args, **kwargs):
+            return replacement(functools.partial(call, cls), *args, **kwargs)
+        setattr(owner, name, classmethod(wrapper))
+    else:
+        @functools.wraps(call)
+        def wrapper(*args, **kwargs):
+            return replacement(call, *args, **kwargs)
+        setattr(owner, name, wrapper)
+    _originals[target] = original
+
+
+def _refuse_mmfuser(reason: str) -> None:
+    def refuse(original, config, *args, **kwargs):
+        if getattr(config, "mm_projector_type", None) == PROJECTOR_TYPE:
+            raise RuntimeError(reason)
+        return original(config, *args, **kwargs)
+
+    for row in PATCHES:
+        if row.replacement is _build_vision_projector and _check_row(row)[0] != "missing":
+            _replace(row.target, refuse)
+
+
+def _resolve(args: Any, vision_tower: str) -> MMFuserConfig:
+    """The settings in `args`, checked against the tower's config, which is read without its weights."""
+    from transformers import CLIPVisionConfig, PretrainedConfig
+
+    if getattr(args, "s2", False):
+        raise ValueError(f"s2=True together with mm_projector_type={PROJECTOR_TYPE} is not supported; set s2 to False")
+    model_type = PretrainedConfig.get_config_dict(vision_tower)[0].get("model_type")
+    if model_type not in _CLIP_TYPES:
+        raise ValueError(f"vision_tower={vision_tower!r} has model_type={model_type!r}, but mm_projector_type="
+                         f"{PROJECTOR_TYPE} needs a CLIP tower, such as openai/clip-vit-large-patch14-336")
+    return MMFuserConfig.from_llava(args).resolve(CLIPVisionConfig.from_pretrained(vision_tower))
+
+
+@functools.lru_cache(maxsize=None)
+def _with_flags(arguments: type) -> type:
+    """LLaVA's `ModelArguments`, known by its fields because train.py defines it in ``__main__``, with our flags."""
+    names = {f.name for f in dataclasses.fields(arguments)}
+    if not {"mm_projector_type", "mm_vision_select_layer", "vision_tower"} <= names:
+        return arguments
+    return with_fuser_flags(arguments, _check_arguments)
+
+
+def _check_arguments(arguments: Any) -> None:
+    check_arguments(arguments)
+    if arguments.mm_projector_type == PROJECTOR_TYPE and arguments.vision_tower is not None:
+        _resolve(arguments, arguments.vision_tower)
+
+
+def _refuse_layer_list(args: Any) -> None:
+    layers = getattr(args, "mm_vision_select_layer", None)
+    if isinstance(layers, (list, tuple)):
+        raise ValueError(f"mm_vision_select_layer={list(layers)} is a list, which needs mm_projector_type={PROJECTOR_TYPE}, "
+                         f"but it is {getattr(args, 'mm_projector_type', None)!r}; a checkpoint like this comes from the "
+                         f"authors' fork and has other weight names")
+
+
+def _kept_settings(model: Any, model_args: Any) -> MMFuserConfig:
+    """The checkpoint's own settings; the script may repeat them, not change them."""
+    kept = MMFuserConfig.from_llava(model.config)
+    given = explicit_settings(model_args)
+    if not isinstance(given.get("layers", -2), int):
+        given["layers"] = resolve_layers(given["layers"], model.get_vision_tower().config.num_hidden_layers)
+    for name, value in given.items():
+        if value != getattr(kept, name):
+            raise ValueError(f"mm_fuser_{name}={value!r}, but the checkpoint was trained with {getattr(kept, name)!r}; "
+                             f"drop the flag, or start from a checkpoint without a fuser")
+    return kept
+
+
+def _existing_projector_settings(config: Any, model_args: Any, settings: MMFuserConfig) -> MMFuserConfig:
+    existing = getattr(config, "mm_projector_type", "linear")
+    if getattr(model_args, "mm_fuser_projector", None) not in (None, existing):
+        raise ValueError(f"mm_fuser_projector={model_args.mm_fuser_projector!r}, but the checkpoint's projector is "
+                         f"{existing!r}; drop the flag")
+    return dataclasses.replace(settings, projector=existing)
+
+
+def _put_fuser_in_front(projector: Any, settings: MMFuserConfig, tower: Any) -> MMFuserProjector:
+    fused = MMFuserProjector.build(settings, tower.hidden_size, projector)
+    like = next(projector.parameters())
+    fused.fuser.to(device=like.device, dtype=like.dtype if like.is_floating_point() else None)
+    tower.select_layer = list(settings.layers)
+    return fused
+
+
+def _report(projector: MMFuserProjector, settings: MMFuserConfig, weights: str) -> None:
+    if int(os.environ.get("RANK", "0")):
+        return
+    device = projector.fuser.query_norm.weight.device
+    logger.info("hidden_states %s -> %s attention%s, %d heads x %d points (%s on %s) -> %s; fuser weights: %s",
+                ",".join(map(str, settings.layers)) if isinstance(settings.layers, tuple) else settings.layers,
+                settings.attention, " + self-attention" if settings.self_attention else "", settings.num_heads,
+                settings.num_points, select_implementation(device), device, settings.projector, weights)
+
+
+def _log_to_stderr() -> None:
+    """One line per event on stderr, unless the application configured this logger itself."""
+    if not logger.handlers and logger.level == logging.NOTSET:
+        handler = logging.StreamHandler()
+        handler.setFormatter(logging.Formatter("%(name)s: %(message)s"))
+        logger.addHandler(handler)
+        logger.setLevel(logging.INFO)
+        logger.propagate = False
+
+
+def _path_of(package: str) -> Optional[str]:
+    module = sys.modules.get(package)
+    return os.path.dirname(module.__file__) if getattr(module, "__file__", None) else None
+
+
+def _version_of(distribution: str) -> Optional[str]:
+    from importlib import metadata
+
+    try:
+        return metadata.version(distribution)
+    except metadata.PackageNotFoundError:
+        return None

@@ -1,0 +1,82 @@
+"""MMFuserProjector: the fuser in front of LLaVA's own projector, which keeps its parameter names."""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from .checkpoint import rename_published
+from .config import MMFuserConfig
+from .fuser import MMFuser
+from .resettable import Resettable
+
+
+class MMFuserProjector(Resettable, nn.Module):
+    """``projector(fuser(layers))``, drop-in for LLaVA's ``mm_projector``.
+
+    The projector's children and direct parameters are adopted under their own names (``0``, ``2``, or ``weight`` and
+    ``bias`` for ``linear``), so that released checkpoints and adapters load by name; the block is ``fuser``. Adopting
+    moves the objects: their dtype, device, quantisation and ZeRO partitioning stay.
+
+    Args:
+        fuser: the block.
+        projector: what LLaVA's `build_vision_projector` returns for ``linear`` or ``mlpNx_gelu``.
+    """
+
+    def __init__(self, fuser: MMFuser, projector: nn.Module):
+        super().__init__()
+        for name, child in projector.named_children():
+            self.add_module(name, child)
+        for name, parameter in projector.named_parameters(recurse=False):
+            self.register_parameter(name, parameter)
+        self.fuser = fuser
+
+    @classmethod
+    def build(cls, settings: MMFuserConfig, hidden_size: int, projector: nn.Module) -> "MMFuserProjector":
+        """Put a fresh fuser (identity) for feature maps of width hidden_size in front of a projector."""
+        fuser = MMFuser(hidden_size, num_layers=settings.num_layers, num_heads=settings.num_heads,
+                        num_points=settings.num_points, attention=settings.attention,
+                        self_attention=settings.self_attention)
+        return cls(fuser, projector)
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        """Fuse and project what the patched vision tower returns.
+
+        Args:
+            features: [B, N, L*C], or [B, 1+N, L*C] with CLS first (``cls_patch``); N a square. The query layer's CLS
+                passes the fuser unchanged.
+
+        Returns:
+            [B, N, D] or [B, 1+N, D], D the width of the language model.
+
+        Raises:
+            ValueError: a channel count that is not L*C, or a token count that is neither a square nor a square plus one.
+        """
+        fuser = self.fuser
+        if features.dim() != 3 or features.shape[-1] != fuser.num_layers * fuser.hidden_size:
+            raise ValueError(f"features {tuple(features.shape)} must be [B, N, {fuser.num_layers} * {fuser.hidden_size}]: "
+                             f"this projector fuses {fuser.num_layers} layers; is the vision tower's select_layer the same?")
+        layers = features.unflatten(-1, (fuser.num_layers, fuser.hidden_size)).unbind(-2)
+        tokens = features.shape[1]
+        if math.isqrt(tokens) ** 2 != tokens and math.isqrt(tokens - 1) ** 2 == tokens - 1:
+            fused = torch.cat([layers[-1][:, :1], fuser([layer[:, 1:] for layer in layers])], dim=1)
+        else:
+            fused = fuser(layers)
+        if "weight" in self._parameters:
+            fused = F.linear(fused, self.weight, self.bias)
+        for name, child in self.named_children():
+            if name != "fuser":
+                fused = child(fused)
+        return fused
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        if "weight" in self._parameters:  # as torch.nn.Linear
+            bound = 1 / math.sqrt(self.weight.shape[1])
+            self.weight.uniform_(-bound, bound)
+            self.bias.uniform_(-bound, bound)
+
+    def _load_from_state_dict(self, state_dict, prefix, *args) -> None:
+        rename_published(state_dict, prefix)
+        super()._load_from_state_dict(state_dict, prefix, *args)

@@ -1,0 +1,89 @@
+"""Leaf modules that know their own initial values.
+
+LLaVA creates and loads models under conditions that defeat PyTorch's usual initialisation: `torch.nn.init` does nothing
+inside `from_pretrained`, `disable_torch_init()` empties `Linear.reset_parameters` and `LayerNorm.reset_parameters`, and
+parameters missing from a checkpoint are left as uninitialised memory. So every parameter of the fuser lives in a leaf
+whose `reset_parameters` uses plain tensor operations; `llava_patch` calls it again for parameters a checkpoint lacked.
+
+`Linear` is deliberately no `torch.nn.Linear`: rules that LLaVA, PEFT and bitsandbytes apply to every Linear of a model
+(quantisation, LoRA targets, the LLM's weight initialisation) then pass the fuser by.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+
+class Resettable:
+    """Marks a module whose `reset_parameters` restores its own direct parameters, and only those."""
+
+    def reset_parameters(self) -> None:
+        raise NotImplementedError
+
+
+class Linear(Resettable, nn.Module):
+    """Affine map ``x W^T + b`` in the dtype of its input; Xavier-uniform weight, zero bias (paper, as Deformable DETR).
+
+    Args:
+        in_features: width of the input's last axis.
+        out_features: width of the output's last axis.
+    """
+
+    def __init__(self, in_features: int, out_features: int):
+        super().__init__()
+        self.in_features, self.out_features = in_features, out_features
+        self.weight = nn.Parameter(torch.empty(out_features, in_features))
+        self.bias = nn.Parameter(torch.empty(out_features))
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        bound = math.sqrt(6 / (self.in_features + self.out_features))
+        self.weight.uniform_(-bound, bound)
+        self.bias.zero_()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.linear(x, self.weight.to(x.dtype), self.bias.to(x.dtype))
+
+    def extra_repr(self) -> str:
+        return f"in_features={self.in_features}, out_features={self.out_features}"
+
+
+class LayerNorm(Resettable, nn.LayerNorm):
+    """`torch.nn.LayerNorm` whose weights may be wider than its input (float32 under bits 4/8) and that resets itself.
+
+    The output has the input's dtype, except under autocast, which picks it.
+    """
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        self.weight.fill_(1)
+        self.bias.zero_()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if x.dtype == self.weight.dtype:
+            return super().forward(x)
+        dtype = torch.promote_types(x.dtype, self.weight.dtype)
+        weight, bias = self.weight.to(dtype), self.bias.to(dtype)
+        return F.layer_norm(x.to(dtype), self.normalized_shape, weight, bias, self.eps).to(x.dtype)
+
+
+class Gate(Resettable, nn.Module):
+    """Learnable scale per channel, zero at first: ``g * x`` in the dtype of x.
+
+    The parameter is called ``scale`` because transformers 4.37 renames ``gamma`` and ``beta`` in every checkpoint key.
+    """
+
+    def __init__(self, hidden_size: int):
+        super().__init__()
+        self.scale = nn.Parameter(torch.empty(hidden_size))
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        self.scale.zero_()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x * self.scale.to(x.dtype)
