@@ -1,0 +1,45 @@
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT / "scripts"), str(ROOT / "tests")]
+
+TORCH = tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2])
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "fp16_cpu: needs fp16 matrix products on the CPU, which torch 2.1.2 lacks")
+    config.addinivalue_line("markers", "deepspeed_cpu: needs DeepSpeed on the CPU, where 0.12.6 wants Intel's extension")
+    config.addinivalue_line("markers", "gpu: needs a CUDA device")
+
+
+def pytest_collection_modifyitems(items):
+    reasons = {
+        "fp16_cpu": (TORCH < (2, 2), "fp16 matrix products on the CPU need torch >= 2.2"),
+        "deepspeed_cpu": (TORCH < (2, 2), "DeepSpeed 0.12.6 on the CPU needs intel_extension_for_pytorch"),
+        "gpu": (not torch.cuda.is_available(), "no CUDA device"),
+    }
+    for item in items:
+        for name, (applies, reason) in reasons.items():
+            if applies and item.get_closest_marker(name):
+                item.add_marker(pytest.mark.skip(reason=reason))
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def world(tmp_path_factory):
+    """Folder with `data`, `llama` and `clip`: all that train.py needs, tiny and random."""
+    import tiny_llava
+
+    folder = tmp_path_factory.mktemp("world")
+    tiny_llava.make_dataset(folder / "data")
+    tiny_llava.make_llama(folder / "llama", hidden_size=64)
+    tiny_llava.make_clip(folder / "clip")
+    return folder

@@ -1,0 +1,108 @@
+import pytest
+import torch
+
+from llava_mmfuser.ops import IMPLEMENTATIONS, deformable_sampling, select_implementation
+
+FAST = [name for name in IMPLEMENTATIONS if name != "reference"]
+# Largest deviation from the float64 reference, relative to its largest value.
+TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 8e-3, torch.float16: 1e-3}
+
+
+def inputs(batch=2, grid=(5, 5), heads=4, levels=2, points=3, depth=8, spread=4.0, dtype=torch.float64):
+    tokens = grid[0] * grid[1]
+    value = torch.randn(batch, levels * tokens, heads, depth, dtype=dtype)
+    offsets = (torch.randn(batch, tokens, heads, levels, points, 2, dtype=torch.float64) * spread).to(dtype)
+    logits = torch.randn(batch, tokens, heads, levels, points, dtype=dtype)
+    return value, offsets, logits
+
+
+def run(tensors, grid, implementation):
+    tensors = [tensor.detach().clone().requires_grad_() for tensor in tensors]
+    out = deformable_sampling(*tensors, grid, implementation)
+    cotangent = (torch.arange(out.numel()) % 17 - 8) / 8  # exact in every dtype
+    out.backward(cotangent.view(out.shape).to(out.dtype))
+    return [out.detach()] + [tensor.grad for tensor in tensors]
+
+
+def deviation(found, expected):
+    return ((found.double() - expected).abs().max() / expected.abs().max()).item()
+
+
+@pytest.mark.parametrize("implementation", FAST)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("case", [
+    dict(), dict(batch=3, levels=1, points=1), dict(levels=4, points=4, heads=1), dict(grid=(1, 1)), dict(grid=(3, 7)),
+    dict(spread=100.0), dict(batch=1, depth=1),
+], ids=["plain", "odd batch", "four levels", "one cell", "oblong", "far outside", "width one"])
+def test_fast_path_equals_the_reference(implementation, dtype, case):
+    grid = case.get("grid", (5, 5))
+    tensors = inputs(**case, dtype=torch.float64)
+    expected = run(tensors, grid, "reference")
+    found = run([tensor.to(dtype) for tensor in tensors], grid, implementation)
+    for name, f, e in zip(("output", "value", "offsets", "logits"), found, expected):
+        limit = TOLERANCE[dtype] * (1 if name == "output" or dtype == torch.float64 else 10)
+        assert f.dtype == dtype
+        assert e.abs().max() == 0 and f.abs().max() == 0 or deviation(f, e) < limit, name
+
+
+@pytest.mark.parametrize("implementation", list(IMPLEMENTATIONS))
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_types_are_computed_in_float32(implementation, dtype):
+    value, offsets, logits = inputs(dtype=dtype)
+    # Rounded offsets often hit integers, where the bilinear kernel has kinks and its gradient is either side's.
+    offsets = (offsets.double().floor() + torch.randint(1, 4, offsets.shape) / 4).to(dtype)
+    tensors = (value, offsets, logits)
+    expected = run([tensor.double() for tensor in tensors], (5, 5), "reference")
+    found = run(tensors, (5, 5), implementation)
+    for f, e in zip(found, expected):
+        assert f.dtype == dtype
+        assert deviation(f, e) < TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("implementation", list(IMPLEMENTATIONS))
+def test_gradients_match_finite_differences(implementation):
+    value, offsets, logits = inputs(batch=1, grid=(3, 3), heads=2, levels=2, points=2, depth=2, spread=1.0)
+    distance = (offsets - offsets.round()).abs().clamp(min=1e-9)
+    offsets = torch.where(distance < 1e-2, offsets + 0.05, offsets)  # the bilinear kernel has kinks at integers
+    tensors = [tensor.requires_grad_() for tensor in (value, offsets, logits)]
+    assert torch.autograd.gradcheck(lambda *t: deformable_sampling(*t, (3, 3), implementation), tensors)
+
+
+@pytest.mark.parametrize("implementation", FAST)
+@pytest.mark.parametrize("offset", [float("inf"), -float("inf"), 1e30, -1e30])
+def test_huge_offsets_read_zero(implementation, offset):
+    value, offsets, logits = inputs(dtype=torch.float32)
+    out = deformable_sampling(value, torch.full_like(offsets, offset), logits, (5, 5), implementation)
+    assert torch.equal(out, torch.zeros_like(out))
+
+
+@pytest.mark.parametrize("implementation", list(IMPLEMENTATIONS))
+@pytest.mark.parametrize("poisoned", [0, 1, 2], ids=["value", "offsets", "logits"])
+def test_nan_never_crashes_and_value_and_logits_pass_it_on(implementation, poisoned):
+    tensors = list(inputs(dtype=torch.float32))
+    tensors[poisoned] = torch.full_like(tensors[poisoned], float("nan"))
+    out = deformable_sampling(*tensors, (5, 5), implementation)
+    assert poisoned == 1 or out.isnan().any()
+
+
+@pytest.mark.parametrize("implementation", FAST)
+def test_works_on_empty_batches_and_views(implementation):
+    value, offsets, logits = inputs()
+    assert deformable_sampling(value[:0], offsets[:0], logits[:0], (5, 5), implementation).shape == (0, 25, 32)
+    tensors = [value.transpose(1, 2).contiguous().transpose(1, 2), offsets[:1].expand_as(offsets), logits.flip(0).flip(0)]
+    expected = deformable_sampling(*(tensor.contiguous() for tensor in tensors), (5, 5), "reference")
+    torch.testing.assert_close(deformable_sampling(*tensors, (5, 5), implementation), expected)
+
+
+def test_predicate_and_unknown_names():
+    assert select_implementation(torch.device("cpu")) == "embedding_bag"
+    with pytest.raises(ValueError, match="implementation='quick' is not known; use reference or embedding_bag"):
+        deformable_sampling(*inputs(), (5, 5), "quick")
+
+
+def test_shapes_that_do_not_belong_together_are_refused():
+    value, offsets, logits = inputs()
+    with pytest.raises(ValueError, match="must be"):
+        deformable_sampling(value, offsets, logits[..., :1], (5, 5))
+    with pytest.raises(ValueError, match=r"grid=\(4, 5\) has 20 cells"):
+        deformable_sampling(value, offsets, logits, (4, 5))
