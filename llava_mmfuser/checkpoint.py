@@ -22,16 +22,17 @@ def rename_published(state_dict: Dict[str, Any], prefix: str = "") -> None:
             state_dict[prefix + ours] = state_dict.pop(prefix + theirs)
 
 
-def describe_weights(source: Any, missing_keys: Iterable[str], projector: Any) -> str:
+def describe_weights(source: Any, loaded_keys: Iterable[str], projector: Any) -> str:
     """Where the fuser's weights came from and how many of its tensors were there, for the log.
 
     Args:
         source: path or name that was loaded.
-        missing_keys: names of the model's parameters that it did not have.
+        loaded_keys: names of the tensors in it.
         projector: the `MMFuserProjector` that was loaded.
     """
     names = {name for name, _ in projector.fuser.named_parameters()}
-    missing = {name for name in names if any(key.endswith("mm_projector.fuser." + name) for key in missing_keys)}
+    prefix = "mm_projector.fuser."
+    missing = names - {key.split(prefix)[1] for key in loaded_keys if prefix in key}
     if not missing:
         return f"all {len(names)} tensors from {source}"
     if missing == names:

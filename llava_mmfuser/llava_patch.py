@@ -20,7 +20,7 @@ from .config import (PROJECTOR_TYPE, MMFuserConfig, check_arguments, explicit_se
                      with_fuser_flags)
 from .ops import select_implementation
 from .projector import MMFuserProjector
-from .resettable import Resettable
+from .resettable import Resettable, materialize
 from .vision import capture_layers, concat_layers
 
 logger = logging.getLogger("llava_mmfuser")
@@ -101,12 +101,14 @@ def _initialize_weights(original, self, module):
         original(self, module)
 
 
-def _load_pretrained_weights(original, model, *args, **kwargs):
-    loaded = original(model, *args, **kwargs)
+def _load_pretrained_weights(original, model, state_dict, loaded_keys, resolved_archive_file, source, *args, **kwargs):
+    loaded = original(model, state_dict, loaded_keys, resolved_archive_file, source, *args, **kwargs)
     for projector in model.modules():
         if isinstance(projector, MMFuserProjector):
-            source = args[3] if len(args) > 3 else kwargs.get("pretrained_model_name_or_path")
-            _report(projector, MMFuserConfig.from_llava(model.config), describe_weights(source, loaded[1], projector))
+            # With low_cpu_mem_usage=True and no device_map, transformers 4.37 takes missing tensors of equal size for
+            # tied ones and leaves them on the meta device.
+            materialize(projector)
+            _report(projector, MMFuserConfig.from_llava(model.config), describe_weights(source, loaded_keys, projector))
     return loaded
 
 

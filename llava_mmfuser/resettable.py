@@ -87,3 +87,14 @@ class Gate(Resettable, nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return x * self.scale.to(x.dtype)
+
+
+def materialize(module: nn.Module) -> None:
+    """Give every `Resettable` below `module` that still has parameters on the meta device real, initial ones on the CPU."""
+    for leaf in module.modules():
+        if isinstance(leaf, Resettable) and any(parameter.is_meta for parameter in leaf.parameters(recurse=False)):
+            for name, parameter in list(leaf.named_parameters(recurse=False)):
+                if parameter.is_meta:
+                    value = torch.empty_like(parameter, device="cpu")
+                    setattr(leaf, name, nn.Parameter(value, requires_grad=parameter.requires_grad))
+            leaf.reset_parameters()

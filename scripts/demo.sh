@@ -32,7 +32,6 @@ say() { printf '\n== [%3ds] %s\n' "$SECONDS" "$*"; }
 
 mkdir -p "$output"
 output=$(cd "$output" && pwd)
-[ -e "$output/.gitignore" ] || [ "$output" != "$repo/.demo" ] || echo '*' > "$output/.gitignore"
 
 requirements=(
     torch==2.13.0 transformers==4.37.2 tokenizers==0.15.1 accelerate==0.34.2 'peft<0.12' 'numpy<2' deepspeed==0.16.9

@@ -7,7 +7,7 @@ import paper
 from llava_mmfuser import MMFuser
 
 # bf16 and fp16 against float64 on the same rounded inputs and weights: largest deviation relative to the largest value.
-HALF_TOLERANCE = {torch.bfloat16: 2e-2, torch.float16: 3e-3}
+HALF_TOLERANCE = {torch.bfloat16: 8e-3, torch.float16: 1e-3}
 
 
 def awake(fuser, spread=2.0, scale=0.3):

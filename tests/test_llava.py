@@ -1,0 +1,276 @@
+"""The hook inside a real LLaVA, in this process: tower, projector, initialisation, existing projectors, bad input."""
+
+import copy
+import json
+import shutil
+from types import SimpleNamespace
+
+import pytest
+import torch
+from llava.model.llava_arch import LlavaMetaModel
+from llava.model.multimodal_encoder.clip_encoder import CLIPVisionTower
+from llava.model.multimodal_projector.builder import build_vision_projector
+from llava.model import LlavaConfig, LlavaLlamaForCausalLM
+
+from llava_mmfuser import MMFuser, MMFuserProjector
+from llava_mmfuser.config import ATTENTION_KINDS
+
+
+def arguments(world, **settings):
+    """`ModelArguments` as train.py would hand them over."""
+    values = dict(vision_tower=str(world / "clip"), mm_vision_select_layer=-2, mm_vision_select_feature="patch",
+                  mm_projector_type="mmfuser", pretrain_mm_mlp_adapter=None, mm_patch_merge_type="flat")
+    return SimpleNamespace(**{**values, **settings})
+
+
+def tower(world, **settings):
+    return CLIPVisionTower(str(world / "clip"), arguments(world, **settings))
+
+
+def projector_config(**settings):
+    values = dict(mm_projector_type="mmfuser", mm_hidden_size=32, hidden_size=48, mm_vision_select_layer=-2)
+    return SimpleNamespace(**{**values, **settings})
+
+
+def small_config(**settings):
+    return LlavaConfig(vocab_size=64, hidden_size=64, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2,
+                       **settings)
+
+
+def model_with(world, **settings):
+    """A LLaVA from a bare language model, as pretraining makes it."""
+    model = LlavaLlamaForCausalLM(small_config())
+    model.get_model().initialize_vision_modules(arguments(world, **settings))
+    return model
+
+
+IMAGES = torch.rand(3, 3, 28, 28)
+
+
+@pytest.mark.parametrize("select_layer,layers", [
+    (-2, [3, 4, 5, 6, 7]), ((1, 4, 8), [1, 4, 8]), ("list-8/-2", [1, 7]), ("0 3", [0, 3]), ([0, -1], [0, 8])])
+@pytest.mark.parametrize("feature", ["patch", "cls_patch"])
+def test_tower_returns_the_layers_side_by_side(world, select_layer, layers, feature):
+    vision = tower(world, mm_vision_select_layer=select_layer, mm_vision_select_feature=feature)
+    assert vision.select_layer == layers and vision.hidden_size == 64
+    states = vision.vision_tower(IMAGES, output_hidden_states=True).hidden_states
+    expected = torch.cat([states[i] if feature == "cls_patch" else states[i][:, 1:] for i in layers], -1)
+    assert torch.equal(vision(IMAGES), expected)
+    assert torch.equal(vision.feature_select(SimpleNamespace(hidden_states=states)), expected)
+    each = vision(list(IMAGES))
+    assert [tuple(e.shape) for e in each] == [(1, *expected.shape[1:])] * 3
+    torch.testing.assert_close(torch.cat(each), expected)
+
+
+def test_tower_stops_after_the_deepest_requested_block(world):
+    vision = tower(world, mm_vision_select_layer="1,5")
+    ran = []
+    for index, block in enumerate(vision.vision_tower.vision_model.encoder.layers):
+        block.register_forward_hook(lambda *_, index=index: ran.append(index + 1))
+    vision(IMAGES)
+    assert ran == [1, 2, 3, 4, 5]
+
+
+def test_tower_returns_the_dtype_of_the_images(world):
+    vision = tower(world).to(torch.bfloat16)
+    assert vision(IMAGES).dtype == torch.float32 and vision(IMAGES.bfloat16()).dtype == torch.bfloat16
+
+
+def test_tower_loads_late_as_upstream(world):
+    vision = CLIPVisionTower(str(world / "clip"), arguments(world), delay_load=True)
+    assert not vision.is_loaded and vision.hidden_size == 64
+    vision.load_model()
+    assert vision(IMAGES).shape == (3, 16, 5 * 64)
+
+
+@pytest.mark.parametrize("inner,names", [
+    ("mlp2x_gelu", ["0.weight", "0.bias", "2.weight", "2.bias"]), ("linear", ["weight", "bias"]),
+    ("mlp1x_gelu", ["0.weight", "0.bias"]), ("mlp3x_gelu", ["0.weight", "0.bias", "2.weight", "2.bias", "4.weight", "4.bias"])])
+def test_projector_keeps_upstreams_names_and_starts_as_upstream(inner, names):
+    torch.manual_seed(1)
+    plain = build_vision_projector(projector_config(mm_projector_type=inner))
+    torch.manual_seed(1)
+    fused = build_vision_projector(projector_config(mm_fuser_projector=inner))
+    assert isinstance(fused, MMFuserProjector) and isinstance(fused.fuser, MMFuser)
+    found = [name for name, _ in fused.named_parameters()]
+    assert [name for name in found if not name.startswith("fuser.")] == names
+    features = torch.randn(2, 9, 5 * 32)
+    assert torch.equal(fused(features), plain(features[..., -32:]))
+    fused.load_state_dict({**fused.state_dict(), **plain.state_dict()})
+
+
+def test_cls_passes_the_fuser_unchanged():
+    fused = build_vision_projector(projector_config())
+    torch.nn.init.normal_(fused.fuser.cross_gate.scale)
+    features = torch.randn(2, 10, 5 * 32)
+    out, patches = fused(features), fused(features[:, 1:])
+    torch.testing.assert_close(out[:, 1:], patches)
+    query_cls = features[:, :1, -32:]
+    torch.testing.assert_close(out[:, :1], fused._modules["2"](fused._modules["1"](fused._modules["0"](query_cls))))
+
+
+@pytest.mark.parametrize("features,message", [
+    (torch.zeros(1, 9, 4 * 32), r"must be \[B, N, 5 \* 32\]"), (torch.zeros(1, 6, 5 * 32), "6 tokens is not square"),
+    (torch.zeros(9, 5 * 32), "must be")])
+def test_features_that_do_not_fit_the_projector_are_refused(features, message):
+    with pytest.raises(ValueError, match=message):
+        build_vision_projector(projector_config())(features)
+
+
+def test_other_projector_types_are_upstreams_own_objects():
+    for kind, expected in (("linear", torch.nn.Linear), ("mlp2x_gelu", torch.nn.Sequential)):
+        assert type(build_vision_projector(projector_config(mm_projector_type=kind))) is expected
+    with pytest.raises(ValueError, match="Unknown projector type: resampler"):
+        build_vision_projector(projector_config(mm_projector_type="resampler"))
+
+
+def test_pretraining_start_writes_a_config_that_describes_the_checkpoint(world):
+    config = model_with(world, mm_fuser_num_heads=4).config
+    assert {key: getattr(config, key) for key in vars(config) if key.startswith("mm_fuser")} == dict(
+        mm_fuser_layers=[3, 4, 5, 6, 7], mm_fuser_projector="mlp2x_gelu", mm_fuser_attention=ATTENTION_KINDS[0],
+        mm_fuser_self_attention=True, mm_fuser_num_heads=4, mm_fuser_num_points=4)
+    assert config.mm_projector_type == "mmfuser" and config.mm_vision_select_layer == -2
+
+
+@pytest.mark.parametrize("given,query", [("list-8/-2", 7), (-3, -3), ((0, 5), 5)])
+def test_select_layer_in_the_config_is_always_an_int(world, given, query):
+    from llava_mmfuser.config import parse_layers
+
+    assert model_with(world, mm_vision_select_layer=parse_layers(given)).config.mm_vision_select_layer == query
+
+
+def without_fuser(folder):
+    """Remove the fuser's tensors from a saved checkpoint."""
+    from safetensors.torch import load_file, save_file
+
+    file = folder / "model.safetensors"
+    state = {key: value for key, value in load_file(file).items() if ".fuser." not in key}
+    save_file(state, file, metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize("loading", [dict(), dict(low_cpu_mem_usage=True), dict(low_cpu_mem_usage=True, device_map={"": "cpu"}),
+                                     dict(low_cpu_mem_usage=True, device_map="auto", torch_dtype=torch.float16)],
+                         ids=["default", "low_cpu", "device_map cpu", "device_map auto fp16"])
+@pytest.mark.parametrize("missing", [True, False], ids=["fuser missing", "fuser there"])
+def test_loading_restores_or_initialises_the_fuser(world, tmp_path, monkeypatch, caplog, loading, missing):
+    model = model_with(world)
+    with torch.no_grad():
+        for parameter in model.get_model().mm_projector.parameters():
+            parameter.uniform_(-1, 1)
+    model.save_pretrained(tmp_path)
+    if missing:
+        without_fuser(tmp_path)
+
+    from llava.utils import disable_torch_init
+    saved_resets = torch.nn.Linear.reset_parameters, torch.nn.LayerNorm.reset_parameters
+    empty = torch.empty
+    monkeypatch.setattr(torch, "empty", lambda *a, **k: poison(empty(*a, **k)))
+    try:
+        disable_torch_init()
+        loaded = LlavaLlamaForCausalLM.from_pretrained(tmp_path, **loading)
+    finally:
+        torch.nn.Linear.reset_parameters, torch.nn.LayerNorm.reset_parameters = saved_resets
+        monkeypatch.undo()
+    projector = loaded.get_model().mm_projector
+    for name, value in projector.state_dict().items():
+        assert value.isfinite().all(), name
+        if not (missing and name.startswith("fuser.")):
+            torch.testing.assert_close(value, model.get_model().mm_projector.state_dict()[name].to(value.dtype))
+    if missing:
+        torch.manual_seed(0)
+        fresh = MMFuser(64).state_dict()
+        for name, value in projector.fuser.state_dict().items():
+            if "_proj.weight" in name:
+                assert 0 < value.abs().max() <= fresh[name].abs().max() * 1.02, name
+            else:
+                torch.testing.assert_close(value, fresh[name].to(value.dtype), msg=name)
+        projector = projector.float()
+        features = torch.randn(1, 16, 5 * 64)
+        assert torch.equal(projector.fuser(features.unflatten(-1, (5, 64)).unbind(-2)), features[..., -64:])
+
+
+def poison(tensor):
+    return tensor.fill_(float("nan")) if tensor.is_floating_point() and tensor.device.type != "meta" else tensor
+
+
+def test_a_partly_missing_fuser_is_reported_by_name(world, tmp_path, capfd):
+    from safetensors.torch import load_file, save_file
+
+    model_with(world).save_pretrained(tmp_path)
+    state = load_file(tmp_path / "model.safetensors")
+    del state["model.mm_projector.fuser.cross_gate.scale"]
+    save_file(state, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    code = f"""
+from llava.model import LlavaLlamaForCausalLM
+LlavaLlamaForCausalLM.from_pretrained({str(tmp_path)!r}, low_cpu_mem_usage=True)
+"""
+    import host
+
+    assert "WARNING: 1 of 24 tensors are not in" in host.python(code).stdout
+
+
+def test_released_checkpoint_answers_identically_after_the_switch(world):
+    torch.manual_seed(3)
+    released = model_with(world, mm_projector_type="mlp2x_gelu").eval()
+    switched = copy.deepcopy(released)
+    inner = switched.get_model().mm_projector
+    switched.get_model().initialize_vision_modules(arguments(world))
+    projector = switched.get_model().mm_projector
+    assert isinstance(projector, MMFuserProjector) and projector._modules["0"] is inner[0]
+    assert all(parameter.requires_grad for parameter in projector.parameters())
+    assert switched.config.mm_projector_type == "mmfuser" and switched.config.mm_fuser_projector == "mlp2x_gelu"
+    ids = torch.tensor([[1, -200, 5, 6], [1, -200, 7, 8]])
+    with torch.no_grad():
+        assert torch.equal(released(ids, images=IMAGES[:2]).logits, switched(ids, images=IMAGES[:2]).logits)
+
+
+def test_second_finetune_keeps_layers_and_weights(world):
+    model = model_with(world, mm_vision_select_layer=(1, 4, 7))
+    fuser = model.get_model().mm_projector.fuser
+    model.get_model().initialize_vision_modules(arguments(world, mm_vision_select_layer=-2))
+    assert model.get_model().mm_projector.fuser is fuser
+    assert model.config.mm_fuser_layers == [1, 4, 7] and model.get_vision_tower().select_layer == [1, 4, 7]
+
+
+@pytest.mark.parametrize("settings,message", [
+    (dict(mm_projector_type="mlp2x_gelu"), "checkpoint has a fuser .* write --mm_projector_type mmfuser"),
+    (dict(mm_fuser_num_points=2), "mm_fuser_num_points=2, but the checkpoint was trained with 4"),
+    (dict(mm_vision_select_layer=(1, 7)), r"mm_fuser_layers=\(1, 7\), but the checkpoint was trained with"),
+])
+def test_script_that_contradicts_a_fuser_checkpoint_is_refused(world, settings, message):
+    model = model_with(world)
+    with pytest.raises(ValueError, match=message):
+        model.get_model().initialize_vision_modules(arguments(world, **settings))
+
+
+def test_projector_flag_that_contradicts_a_released_checkpoint_is_refused(world):
+    model = model_with(world, mm_projector_type="mlp2x_gelu")
+    with pytest.raises(ValueError, match="mm_fuser_projector='linear', but the checkpoint's projector is 'mlp2x_gelu'"):
+        model.get_model().initialize_vision_modules(arguments(world, mm_fuser_projector="linear"))
+
+
+@pytest.mark.parametrize("settings,message", [
+    (dict(mm_vision_select_layer=(3, 9)), "layer 9 does not exist; this vision tower has 8 blocks"),
+    (dict(mm_fuser_num_heads=5), "mm_fuser_num_heads=5 does not divide the feature width 64"),
+    (dict(s2=True), "s2=True together with mm_projector_type=mmfuser"),
+    (dict(mm_projector_type="mlp2x_gelu", mm_vision_select_layer=[3, 7]), "is a list, which needs mm_projector_type=mmfuser"),
+    (dict(mm_vision_select_feature="cls"), "select feature|mm_vision_select_feature='cls'"),
+])
+def test_tower_refuses_settings_before_it_reads_weights(world, settings, message, monkeypatch):
+    if "mm_vision_select_feature" not in settings:
+        monkeypatch.setattr(CLIPVisionTower, "load_model", lambda *_: pytest.fail("weights were read"))
+    with pytest.raises(ValueError, match=message):
+        tower(world, **settings)(IMAGES)
+
+
+def test_tower_that_is_not_clip_is_refused(world, tmp_path):
+    shutil.copytree(world / "clip", tmp_path / "siglip")
+    config = json.loads((tmp_path / "siglip" / "config.json").read_text())
+    (tmp_path / "siglip" / "config.json").write_text(json.dumps({**config, "model_type": "siglip_vision_model"}))
+    with pytest.raises(ValueError, match="model_type='siglip_vision_model', but mm_projector_type=mmfuser needs a CLIP tower"):
+        CLIPVisionTower(str(tmp_path / "siglip"), arguments(world))
+
+
+def test_patched_functions_keep_their_original():
+    assert LlavaMetaModel.initialize_vision_modules.__wrapped__.__module__ == "llava.model.llava_arch"
+    assert "mm_projector_type" in LlavaMetaModel.initialize_vision_modules.__wrapped__.__code__.co_consts
