@@ -45,10 +45,16 @@ def parse_layers(value: Any, setting: str = "mm_vision_select_layer") -> Layers:
         raise ValueError(f"{setting}={value!r} is not a list of layers; write it as {SPELLINGS}")
     if len(layers) < 2:
         raise ValueError(
-            f"{setting}={value!r} names {len(layers)} layer(s), but a fuser needs at least 2, the query last; "
+            f"{setting}={_spell(layers)} names {len(layers)} layer(s), but a fuser needs at least 2, the query last; "
             f"give the query alone as an int (-2) for the uniform default, or all layers, such as 3,8,13,18,23"
         )
     return layers
+
+
+def parse_listed_layers(value: Any) -> Tuple[int, ...]:
+    """As `parse_layers`, for ``mm_fuser_layers``, which names all layers."""
+    layers = parse_layers(value, "mm_fuser_layers")
+    return layers if isinstance(layers, tuple) else parse_layers((layers,), "mm_fuser_layers")
 
 
 def resolve_layers(layers: Layers, num_hidden_layers: int, setting: str = "mm_vision_select_layer") -> Tuple[int, ...]:
@@ -156,6 +162,8 @@ class MMFuserConfig:
         if given["layers"] is None:
             select_layer = getattr(source, "mm_vision_select_layer", None)
             given["layers"] = None if select_layer is None else parse_layers(select_layer)
+        else:
+            given["layers"] = parse_listed_layers(given["layers"])
         return cls(**{name: value for name, value in given.items() if value is not None})
 
     def to_llava(self) -> Dict[str, Any]:
@@ -183,7 +191,7 @@ def explicit_settings(source: Any) -> Dict[str, Any]:
         select_layer = parse_layers(getattr(source, "mm_vision_select_layer", -2))
         given["layers"] = None if isinstance(select_layer, int) else select_layer
     else:
-        given["layers"] = parse_layers(given["layers"], "mm_fuser_layers")
+        given["layers"] = parse_listed_layers(given["layers"])
     return {name: value for name, value in given.items() if value is not None}
 
 

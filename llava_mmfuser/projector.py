@@ -1,5 +1,6 @@
 """MMFuserProjector: the fuser in front of LLaVA's own projector, which keeps its parameter names."""
 
+import logging
 import math
 
 import torch
@@ -10,6 +11,9 @@ from .checkpoint import rename_published
 from .config import MMFuserConfig
 from .fuser import MMFuser
 from .resettable import Resettable
+
+
+logger = logging.getLogger("llava_mmfuser")
 
 
 class MMFuserProjector(Resettable, nn.Module):
@@ -79,4 +83,8 @@ class MMFuserProjector(Resettable, nn.Module):
 
     def _load_from_state_dict(self, state_dict, prefix, *args) -> None:
         rename_published(state_dict, prefix)
+        names = [prefix + "fuser." + name for name, _ in self.fuser.named_parameters()]
+        found = sum(name in state_dict for name in names)
+        if found:
+            logger.info("loaded %d of %d fuser tensors", found, len(names))
         super()._load_from_state_dict(state_dict, prefix, *args)

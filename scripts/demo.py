@@ -12,9 +12,11 @@ import time
 from pathlib import Path
 from typing import Dict, List
 
-import tiny_llava
 import torch
+import transformers
 from PIL import Image
+
+import tiny_llava
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 VARIANTS = ("mlp2x_gelu", "mmfuser")
@@ -35,9 +37,9 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path(".demo"))
     parser.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=VARIANTS)
-    parser.add_argument("--pictures", type=int, default=2000, help="training pictures")
+    parser.add_argument("--pictures", type=int, default=3000, help="training pictures")
     parser.add_argument("--heldout", type=int, default=200, help="held-out pictures")
-    parser.add_argument("--clip-steps", type=int, default=400, help="steps that train the vision tower")
+    parser.add_argument("--clip-steps", type=int, default=500, help="steps that train the vision tower")
     parser.add_argument("--llama-steps", type=int, default=300, help="steps that train the language model on text")
     parser.add_argument("--pretrain-steps", type=int, default=80)
     parser.add_argument("--finetune-steps", type=int, default=200)
@@ -52,7 +54,7 @@ def make_world(folder: Path, options: argparse.Namespace, progress: Progress) ->
     tiny_llava.make_dataset(folder / "data", options.pictures, options.heldout, image_size=64, digit_size=24,
                             seed=options.seed)
     progress(f"Training the vision tower on the training pictures, {options.clip_steps} steps")
-    tiny_llava.make_clip(folder / "clip", image_size=64, patch_size=8, hidden_size=96, num_hidden_layers=10,
+    tiny_llava.make_clip(folder / "clip", image_size=64, patch_size=8, hidden_size=64, num_hidden_layers=8,
                          pictures=folder / "data", steps=options.clip_steps, seed=options.seed)
     progress(f"Training the language model on text, {options.llama_steps} steps")
     tiny_llava.make_llama(folder / "llama", steps=options.llama_steps, seed=options.seed)
@@ -111,8 +113,10 @@ def answer(folder: Path, records: List[dict]) -> Dict[str, object]:
     from llava.mm_utils import get_model_name_from_path, process_images, tokenizer_image_token
     from llava.model.builder import load_pretrained_model
 
+    transformers.logging.set_verbosity_warning()
     tokenizer, model, processor, _ = load_pretrained_model(
         str(folder), None, get_model_name_from_path(str(folder)), device_map="cpu", device="cpu")
+    transformers.logging.set_verbosity_error()  # generate() warns about the pad token at every question
     answers: Dict[str, List[str]] = {kind: [] for kind in tiny_llava.QUESTIONS}
     for record in records:
         image = Image.open(folder.parent / "data" / record["image"]).convert("RGB")

@@ -134,7 +134,7 @@ def _train_clip(model, processor, pictures: Path, steps: int, batch: int, seed: 
         label[round(top):round(bottom), round(left):round(right)] = record["number"] + 1
     head = torch.nn.Linear(model.config.hidden_size, 11)
     weight = torch.tensor([0.2] + [1.0] * 10)
-    optimizer, scheduler = _optimizer(itertools.chain(model.parameters(), head.parameters()), 1e-3, steps)
+    optimizer, scheduler = _optimizer(itertools.chain(model.parameters(), head.parameters()), 2e-3, steps)
     for rows in _batches(len(records), batch, steps, seed):
         logits = head(model(pixels[rows]).last_hidden_state[:, 1:])  # [B, N, 11]
         loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels[rows].flatten(), weight=weight)
@@ -190,16 +190,14 @@ def make_dataset(folder: PathLike, train: int = 16, heldout: int = 4, image_size
             records.append({"id": f"{name}_{index:05d}", "image": file, "number": int(numbers[row]),
                             "place": PLACES[place], "box": box})
         if name == "train":
-            _write(folder / "pretrain.json", [dict(record, conversations=_caption_turns(record)) for record in records])
-            _write(folder / "finetune.json", [dict(record, conversations=_question_turns(record, index))
-                                              for index, record in enumerate(records)])
+            splits = {"pretrain": [dict(record, conversations=_caption_turns(record)) for record in records],
+                      "finetune": [dict(record, conversations=_question_turns(record, index))
+                                   for index, record in enumerate(records)]}
         else:
-            _write(folder / "heldout.json", records)
+            splits = {"heldout": records}
+        for split, rows in splits.items():
+            (folder / f"{split}.json").write_text(json.dumps(rows, indent=1))
     return folder
-
-
-def _write(file: Path, records: List[Dict]) -> None:
-    file.write_text(json.dumps(records, indent=1))
 
 
 def _caption_turns(record: Dict) -> List[Dict]:
@@ -229,11 +227,8 @@ def _photographs() -> List[Image.Image]:
 
     folders = {"skimage": Path(skimage.__file__).parent / "data",
                "sklearn": Path(sklearn.__file__).parent / "datasets" / "images"}
-    found = []
-    for name in PHOTOGRAPHS:
-        library, file = name.split(":")
-        found.append(Image.open(folders[library] / file).convert("RGB"))
-    return found
+    names = (name.split(":") for name in PHOTOGRAPHS)
+    return [Image.open(folders[library] / file).convert("RGB") for library, file in names]
 
 
 def _strip(photograph: Image.Image, start: float, stop: float) -> Image.Image:
@@ -255,7 +250,7 @@ def _picture(photograph: Image.Image, digit: np.ndarray, place: int, image_size:
 
 
 def _offset(cell: int, image_size: int, digit_size: int, random: np.random.RandomState) -> int:
-    """A random start such that the digit's centre lies in third number `cell` of the picture."""
-    first = max(0, -(-cell * image_size // 3) - digit_size // 2)
-    last = min(image_size - digit_size, (cell + 1) * image_size // 3 - digit_size // 2 - 1)
-    return int(random.randint(first, max(first, last) + 1))
+    """A random start, on a grid of 4 pixels, such that the digit's centre lies in third number `cell` of the picture."""
+    starts = [start for start in range(0, image_size - digit_size + 1, 4)
+              if (start + digit_size / 2) * 3 // image_size == cell]
+    return int(random.choice(starts))

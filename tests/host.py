@@ -14,7 +14,7 @@ def environment(**extra):
     """This process's environment without launcher variables, offline, one thread, plus `extra` (None removes)."""
     env = {key: value for key, value in os.environ.items() if key not in CONTROLS}
     env.update(HF_HUB_OFFLINE="1", TRANSFORMERS_OFFLINE="1", OMP_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false",
-               WANDB_DISABLED="true", PYTHONPATH="")
+               WANDB_DISABLED="true", PYTHONPATH="", TRANSFORMERS_VERBOSITY="error")
     env.update({key: value for key, value in extra.items() if value is not None})
     return env
 
