@@ -35,9 +35,12 @@ def _status() -> int:
     from .llava_patch import status
 
     found = status()
-    lines = [f"active: {'yes' if found['active'] else 'no, ' + found['reason']}",
-             f"llava: {found['llava'] or 'not found'}",
-             f"automatic hook: {'off (' + activation.DISABLE + ' is set)' if activation.disabled() else 'on'}", "versions:"]
+    lines = [
+        f"active: {'yes' if found['active'] else 'no, ' + found['reason']}",
+        f"llava: {found['llava'] or 'not found'}",
+        f"automatic hook: {'off (' + activation.DISABLE + ' is set)' if activation.disabled() else 'on'}",
+        "versions:",
+    ]
     lines += [f"  {name}: {version or 'not installed'}" for name, version in found["versions"].items()]
     lines += ["patch targets:"] + [f"  {state:8}{target}  ({detail})" for target, state, detail in found["targets"]]
     lines += ["sampling:"] + [f"  {device}: {name}" for device, name in found["implementations"].items()]

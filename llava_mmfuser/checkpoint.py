@@ -16,7 +16,7 @@ def rename_published(state_dict: Dict[str, Any], prefix: str = "") -> None:
     if prefix + "0.gamma1" not in state_dict:
         return
     for key in [key for key in state_dict if key.startswith(prefix + "0.")]:
-        state_dict[prefix + "fuser." + key[len(prefix) + 2:]] = state_dict.pop(key)
+        state_dict[prefix + "fuser." + key[len(prefix) + 2 :]] = state_dict.pop(key)
     for theirs, ours in _MLP.items():
         if prefix + theirs in state_dict:
             state_dict[prefix + ours] = state_dict.pop(prefix + theirs)
@@ -37,5 +37,7 @@ def describe_weights(source: Any, loaded_keys: Iterable[str], projector: Any) ->
         return f"all {len(names)} tensors from {source}"
     if missing == names:
         return f"none of {len(names)} tensors is in {source}; starts as identity unless an adapter follows"
-    return (f"WARNING: {len(missing)} of {len(names)} tensors are not in {source} and start as a fresh fuser's: "
-            f"{', '.join(sorted(missing))}")
+    return (
+        f"WARNING: {len(missing)} of {len(names)} tensors are not in {source} and start as a fresh fuser's: "
+        f"{', '.join(sorted(missing))}"
+    )

@@ -8,7 +8,7 @@ from typing import Any, Callable, Dict, List, Optional, Tuple, Union
 PROJECTOR_TYPE = "mmfuser"
 NUM_UNIFORM_LAYERS = 5
 ATTENTION_KINDS = ("deformable",)
-SPELLINGS = "-2, 3,8,13,18,23, =-22,-17,-12,-7,-2, \"3 8 13 18 23\", [3,8,13,18,23] or list-22/-17/-12/-7/-2"
+SPELLINGS = '-2, 3,8,13,18,23, =-22,-17,-12,-7,-2, "3 8 13 18 23", [3,8,13,18,23] or list-22/-17/-12/-7/-2'
 
 Layers = Union[int, Tuple[int, ...]]
 
@@ -32,7 +32,7 @@ def parse_layers(value: Any, setting: str = "mm_vision_select_layer") -> Layers:
     if isinstance(value, str):
         text = value.strip().lstrip("=").strip()
         is_list = text.startswith(("list", "["))
-        text = text[len("list"):] if text.startswith("list") else text.strip("[]()")
+        text = text[len("list") :] if text.startswith("list") else text.strip("[]()")
         items = [item for item in re.split(r"[,/\s]+", text.strip()) if item]
         if not items or not all(re.fullmatch(r"[+-]?\d+", item) for item in items):
             raise ValueError(f"{setting}={value!r} is not a list of layers; write it as {SPELLINGS}")
@@ -91,11 +91,15 @@ def resolve_layers(layers: Layers, num_hidden_layers: int, setting: str = "mm_vi
             )
         return tuple(range(first, query + 1, stride))
     if len(set(resolved)) != len(resolved):
-        raise ValueError(f"{setting}={_spell(layers)} names a layer twice (as indices: {_spell(resolved)}); "
-                         f"every layer may appear once")
+        raise ValueError(
+            f"{setting}={_spell(layers)} names a layer twice (as indices: {_spell(resolved)}); "
+            f"every layer may appear once"
+        )
     if list(resolved) != sorted(resolved):
-        raise ValueError(f"{setting}={_spell(layers)} is not in order (as indices: {_spell(resolved)}); "
-                         f"write shallow to deep, the query layer last: {_spell(tuple(sorted(resolved)))}")
+        raise ValueError(
+            f"{setting}={_spell(layers)} is not in order (as indices: {_spell(resolved)}); "
+            f"write shallow to deep, the query layer last: {_spell(tuple(sorted(resolved)))}"
+        )
     return resolved
 
 
@@ -111,25 +115,39 @@ class MMFuserConfig:
         ValueError: a value that is not allowed, with the setting, the value and what is allowed.
     """
 
-    layers: Layers = field(default=-2, metadata={
-        "help": "hidden_states indices fed to the fuser, shallow first, the query layer last. Default: five layers "
-                "spread uniformly up to --mm_vision_select_layer."})
-    projector: str = field(default="mlp2x_gelu", metadata={
-        "help": "LLaVA projector behind the fuser: linear or mlpNx_gelu. Default: mlp2x_gelu."})
-    attention: str = field(default="deformable", metadata={
-        "help": "Attention kind inside the fuser: %s. Default: deformable." % ", ".join(ATTENTION_KINDS)})
-    self_attention: bool = field(default=True, metadata={
-        "help": "Refine the cross-attention's output by self-attention. Default: True."})
-    num_heads: int = field(default=16, metadata={"help": "Attention heads; must divide the tower's width. Default: 16."})
+    layers: Layers = field(
+        default=-2,
+        metadata={
+            "help": "hidden_states indices fed to the fuser, shallow first, the query layer last. Default: five layers "
+            "spread uniformly up to --mm_vision_select_layer."
+        },
+    )
+    projector: str = field(
+        default="mlp2x_gelu",
+        metadata={"help": "LLaVA projector behind the fuser: linear or mlpNx_gelu. Default: mlp2x_gelu."},
+    )
+    attention: str = field(
+        default="deformable",
+        metadata={"help": "Attention kind inside the fuser: %s. Default: deformable." % ", ".join(ATTENTION_KINDS)},
+    )
+    self_attention: bool = field(
+        default=True, metadata={"help": "Refine the cross-attention's output by self-attention. Default: True."}
+    )
+    num_heads: int = field(
+        default=16, metadata={"help": "Attention heads; must divide the tower's width. Default: 16."}
+    )
     num_points: int = field(default=4, metadata={"help": "Sampling points per head and level. Default: 4."})
 
     def __post_init__(self):
         object.__setattr__(self, "layers", parse_layers(self.layers, "mm_fuser_layers"))
         if not re.fullmatch(r"linear|mlp[1-9]\d*x_gelu", str(self.projector)):
-            raise ValueError(f"mm_fuser_projector={self.projector!r} is not allowed; "
-                             f"use linear or mlpNx_gelu, such as mlp2x_gelu")
+            raise ValueError(
+                f"mm_fuser_projector={self.projector!r} is not allowed; use linear or mlpNx_gelu, such as mlp2x_gelu"
+            )
         if self.attention not in ATTENTION_KINDS:
-            raise ValueError(f"mm_fuser_attention={self.attention!r} is not allowed; use {' or '.join(ATTENTION_KINDS)}")
+            raise ValueError(
+                f"mm_fuser_attention={self.attention!r} is not allowed; use {' or '.join(ATTENTION_KINDS)}"
+            )
         if not isinstance(self.self_attention, bool):
             raise ValueError(f"mm_fuser_self_attention={self.self_attention!r} is not allowed; use True or False")
         for name in ("num_heads", "num_points"):
@@ -180,8 +198,10 @@ def check_num_heads(hidden_size: int, num_heads: int) -> None:
     """Raise ValueError unless the heads divide the width."""
     if hidden_size % num_heads:
         allowed = [n for n in range(1, hidden_size + 1) if hidden_size % n == 0 and n <= 64]
-        raise ValueError(f"mm_fuser_num_heads={num_heads} does not divide the feature width {hidden_size}; "
-                         f"use one of {', '.join(map(str, allowed))}")
+        raise ValueError(
+            f"mm_fuser_num_heads={num_heads} does not divide the feature width {hidden_size}; "
+            f"use one of {', '.join(map(str, allowed))}"
+        )
 
 
 def explicit_settings(source: Any) -> Dict[str, Any]:
@@ -208,8 +228,16 @@ def with_fuser_flags(arguments: type, check: Callable[[Any], None]) -> type:
     """
     select_layer = arguments.__dataclass_fields__["mm_vision_select_layer"]
     extra: List[Tuple[str, Any, Any]] = [
-        ("mm_vision_select_layer", Optional[str], field(default=select_layer.default, metadata={
-            "help": f"hidden_states index of the vision tower, or with mm_projector_type=mmfuser a list: {SPELLINGS}"})),
+        (
+            "mm_vision_select_layer",
+            Optional[str],
+            field(
+                default=select_layer.default,
+                metadata={
+                    "help": f"hidden_states index of the vision tower, or with mm_projector_type=mmfuser a list: {SPELLINGS}"
+                },
+            ),
+        ),
     ]
     for setting in dataclasses.fields(MMFuserConfig):
         kind = str if setting.name == "layers" else setting.type
@@ -222,8 +250,12 @@ def with_fuser_flags(arguments: type, check: Callable[[Any], None]) -> type:
             self.mm_vision_select_layer = parse_layers(self.mm_vision_select_layer)
         check(self)
 
-    extended = dataclasses.make_dataclass(arguments.__name__, extra, bases=(arguments,),
-                                          namespace={"__post_init__": __post_init__, "__doc__": arguments.__doc__})
+    extended = dataclasses.make_dataclass(
+        arguments.__name__,
+        extra,
+        bases=(arguments,),
+        namespace={"__post_init__": __post_init__, "__doc__": arguments.__doc__},
+    )
     extended.__module__, extended.__qualname__ = arguments.__module__, arguments.__qualname__
     return extended
 
@@ -237,13 +269,18 @@ def check_arguments(arguments: Any) -> None:
     given = explicit_settings(arguments)
     if arguments.mm_projector_type != PROJECTOR_TYPE:
         if given:
-            names = ", ".join("mm_vision_select_layer=" + _spell(given[n]) if n == "layers" else FLAG_PREFIX + n
-                              for n in given)
-            raise ValueError(f"{names} needs mm_projector_type={PROJECTOR_TYPE}, but it is "
-                             f"{arguments.mm_projector_type!r}; add --mm_projector_type {PROJECTOR_TYPE} or drop the setting")
+            names = ", ".join(
+                "mm_vision_select_layer=" + _spell(given[n]) if n == "layers" else FLAG_PREFIX + n for n in given
+            )
+            raise ValueError(
+                f"{names} needs mm_projector_type={PROJECTOR_TYPE}, but it is "
+                f"{arguments.mm_projector_type!r}; add --mm_projector_type {PROJECTOR_TYPE} or drop the setting"
+            )
         return
     MMFuserConfig.from_llava(arguments)
     listed = arguments.mm_vision_select_layer
     if "layers" in given and isinstance(listed, tuple) and listed != given["layers"]:
-        raise ValueError(f"mm_fuser_layers={_spell(given['layers'])} and mm_vision_select_layer={_spell(listed)} "
-                         f"name different layers; give one of them")
+        raise ValueError(
+            f"mm_fuser_layers={_spell(given['layers'])} and mm_vision_select_layer={_spell(listed)} "
+            f"name different layers; give one of them"
+        )

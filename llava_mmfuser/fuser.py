@@ -11,8 +11,12 @@ from .config import ATTENTION_KINDS, check_num_heads
 from .resettable import Gate, LayerNorm
 
 # authors' name -> ours; every other name is the same (paper.md lists them)
-PUBLISHED_NAMES = {"gamma1": "cross_gate.scale", "gamma2": "self_gate.scale", "norm1.weight": "self_norm.weight",
-                   "norm1.bias": "self_norm.bias"}
+PUBLISHED_NAMES = {
+    "gamma1": "cross_gate.scale",
+    "gamma2": "self_gate.scale",
+    "norm1.weight": "self_norm.weight",
+    "norm1.bias": "self_norm.bias",
+}
 
 
 class MMFuser(nn.Module):
@@ -24,8 +28,8 @@ class MMFuser(nn.Module):
         F_sa  = F_ca + self_gate * self_attn(self_norm(F_ca), self_norm(F_ca))
         F_out = F_L + cross_gate * F_sa
 
-    Both gates start at zero, so a fresh block returns F_L exactly. `load_state_dict` also takes the names of the authors'
-    published adapters, with or without their prefix ``0.``.
+    Both gates start at zero, so a fresh block returns F_L exactly. `load_state_dict` also takes the names of the
+    authors' published adapters, with or without their prefix ``0.``.
 
     Args:
         hidden_size: width C of every feature map.
@@ -39,8 +43,15 @@ class MMFuser(nn.Module):
         ValueError: a setting that is not allowed, named with its value.
     """
 
-    def __init__(self, hidden_size: int, num_layers: int = 5, num_heads: int = 16, num_points: int = 4,
-                 attention: str = "deformable", self_attention: bool = True):
+    def __init__(
+        self,
+        hidden_size: int,
+        num_layers: int = 5,
+        num_heads: int = 16,
+        num_points: int = 4,
+        attention: str = "deformable",
+        self_attention: bool = True,
+    ):
         super().__init__()
         if num_layers < 2:
             raise ValueError(f"num_layers={num_layers} is not allowed; a fuser needs at least 2 feature maps")
@@ -76,15 +87,19 @@ class MMFuser(nn.Module):
             ValueError: another number of maps, maps of unequal shape or another width, or N that is not a square.
         """
         if len(layers) != self.num_layers:
-            raise ValueError(f"got {len(layers)} feature maps, but this fuser was built for num_layers={self.num_layers}")
+            raise ValueError(
+                f"got {len(layers)} feature maps, but this fuser was built for num_layers={self.num_layers}"
+            )
         query = layers[-1]
         shapes = [tuple(layer.shape) for layer in layers]
         if len(set(shapes)) != 1 or query.dim() != 3 or query.shape[-1] != self.hidden_size:
             raise ValueError(f"every feature map must be [B, N, {self.hidden_size}] and alike, got {shapes}")
         side = math.isqrt(query.shape[1])
         if side * side != query.shape[1]:
-            raise ValueError(f"a feature map of {query.shape[1]} tokens is not square; give patch tokens only "
-                             f"(side * side of them, CLS dropped)")
+            raise ValueError(
+                f"a feature map of {query.shape[1]} tokens is not square; give patch tokens only "
+                f"(side * side of them, CLS dropped)"
+            )
         grid = (side, side)
         values = torch.cat([self.feat_norm(layer) for layer in layers[:-1]], dim=1)  # [B, (L-1)*N, C]
         fused = self.cross_attn(self.query_norm(query), values, grid)

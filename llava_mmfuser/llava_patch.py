@@ -16,8 +16,7 @@ from typing import Any, Callable, Dict, List, NamedTuple, Optional, Tuple
 
 from . import activation
 from .checkpoint import describe_weights
-from .config import (PROJECTOR_TYPE, MMFuserConfig, check_arguments, explicit_settings, resolve_layers,
-                     with_fuser_flags)
+from .config import PROJECTOR_TYPE, MMFuserConfig, check_arguments, explicit_settings, resolve_layers, with_fuser_flags
 from .ops import select_implementation
 from .projector import MMFuserProjector
 from .resettable import Resettable, materialize
@@ -70,7 +69,8 @@ def _initialize_vision_modules(original, self, model_args, fsdp=None):
         if fused:
             raise ValueError(
                 f"mm_projector_type={model_args.mm_projector_type!r}, but the checkpoint has a fuser "
-                f"(mm_projector_type={PROJECTOR_TYPE!r} in its config.json); write --mm_projector_type {PROJECTOR_TYPE}")
+                f"(mm_projector_type={PROJECTOR_TYPE!r} in its config.json); write --mm_projector_type {PROJECTOR_TYPE}"
+            )
         _refuse_layer_list(model_args)
         return original(self, model_args, fsdp=fsdp)
 
@@ -129,27 +129,66 @@ class Patch(NamedTuple):
 
 _CLIP_ENCODER = "llava.model.multimodal_encoder.clip_encoder:CLIPVisionTower"
 PATCHES = (
-    Patch(_CLIP_ENCODER + ".__init__", _tower_init, ("self", "vision_tower", "args", "delay_load"),
-          "checks and resolves the layers before the tower's weights are read"),
-    Patch(_CLIP_ENCODER + ".feature_select", _tower_feature_select, ("self", "image_forward_outs"),
-          "select_layer may be a list"),
-    Patch(_CLIP_ENCODER + ".forward", _tower_forward, ("self", "images"),
-          "several layers in one pass that ends at the deepest of them"),
-    Patch("llava.model.multimodal_projector.builder:build_vision_projector", _build_vision_projector,
-          ("config", "delay_load", "kwargs"), "knows mm_projector_type=mmfuser"),
-    Patch("llava.model.llava_arch:build_vision_projector", _build_vision_projector,
-          ("config", "delay_load", "kwargs"), "the same function under the name llava_arch imported"),
-    Patch("llava.model.llava_arch:LlavaMetaModel.initialize_vision_modules", _initialize_vision_modules,
-          ("self", "model_args", "fsdp"), "an existing projector gets the fuser in front; config.json tells the truth"),
-    Patch("transformers.modeling_utils:PreTrainedModel._initialize_weights", _initialize_weights, ("self", "module"),
-          "fuser weights missing from a checkpoint start as identity"),
-    Patch("transformers.modeling_utils:PreTrainedModel._load_pretrained_model", _load_pretrained_weights,
-          ("model", "state_dict", "loaded_keys", "resolved_archive_file", "pretrained_model_name_or_path"),
-          "says where the fuser's weights came from"),
-    Patch("transformers.hf_argparser:HfArgumentParser.__init__", _parser_init, ("self", "dataclass_types"),
-          "the mm_fuser_* flags, and lists in mm_vision_select_layer"),
-    Patch("transformers.models.clip.modeling_clip:CLIPEncoderLayer.forward", None,
-          ("self", "hidden_states", "attention_mask", "causal_attention_mask"), "called block by block"),
+    Patch(
+        _CLIP_ENCODER + ".__init__",
+        _tower_init,
+        ("self", "vision_tower", "args", "delay_load"),
+        "checks and resolves the layers before the tower's weights are read",
+    ),
+    Patch(
+        _CLIP_ENCODER + ".feature_select",
+        _tower_feature_select,
+        ("self", "image_forward_outs"),
+        "select_layer may be a list",
+    ),
+    Patch(
+        _CLIP_ENCODER + ".forward",
+        _tower_forward,
+        ("self", "images"),
+        "several layers in one pass that ends at the deepest of them",
+    ),
+    Patch(
+        "llava.model.multimodal_projector.builder:build_vision_projector",
+        _build_vision_projector,
+        ("config", "delay_load", "kwargs"),
+        "knows mm_projector_type=mmfuser",
+    ),
+    Patch(
+        "llava.model.llava_arch:build_vision_projector",
+        _build_vision_projector,
+        ("config", "delay_load", "kwargs"),
+        "the same function under the name llava_arch imported",
+    ),
+    Patch(
+        "llava.model.llava_arch:LlavaMetaModel.initialize_vision_modules",
+        _initialize_vision_modules,
+        ("self", "model_args", "fsdp"),
+        "an existing projector gets the fuser in front; config.json tells the truth",
+    ),
+    Patch(
+        "transformers.modeling_utils:PreTrainedModel._initialize_weights",
+        _initialize_weights,
+        ("self", "module"),
+        "fuser weights missing from a checkpoint start as identity",
+    ),
+    Patch(
+        "transformers.modeling_utils:PreTrainedModel._load_pretrained_model",
+        _load_pretrained_weights,
+        ("model", "state_dict", "loaded_keys", "resolved_archive_file", "pretrained_model_name_or_path"),
+        "says where the fuser's weights came from",
+    ),
+    Patch(
+        "transformers.hf_argparser:HfArgumentParser.__init__",
+        _parser_init,
+        ("self", "dataclass_types"),
+        "the mm_fuser_* flags, and lists in mm_vision_select_layer",
+    ),
+    Patch(
+        "transformers.models.clip.modeling_clip:CLIPEncoderLayer.forward",
+        None,
+        ("self", "hidden_states", "attention_mask", "causal_attention_mask"),
+        "called block by block",
+    ),
 )
 
 _originals: Dict[str, Any] = {}
@@ -167,9 +206,11 @@ def apply() -> None:
     _log_to_stderr()
     problems = [f"{row.target}: {detail}" for row, state, detail in check() if state != "ok"]
     if problems:
-        _refusal = (f"llava_mmfuser does not fit this LLaVA ({_path_of('llava')}), which is left unpatched: "
-                    f"{'; '.join(problems)}. `python -m llava_mmfuser status` shows every row; "
-                    f"use LLaVA 1.1.3 … 1.2.2.post1 or main, or report the change.")
+        _refusal = (
+            f"llava_mmfuser does not fit this LLaVA ({_path_of('llava')}), which is left unpatched: "
+            f"{'; '.join(problems)}. `python -m llava_mmfuser status` shows every row; "
+            f"use LLaVA 1.1.3 … 1.2.2.post1 or main, or report the change."
+        )
         sys.stderr.write(f"{_refusal}\n")
         _refuse_mmfuser(_refusal)
         return
@@ -181,10 +222,12 @@ def apply() -> None:
 
 def revert() -> None:
     """Put every original back."""
+    global _refusal
     for target, original in _originals.items():
         owner, name = _owner(target)
         setattr(owner, name, original)
     _originals.clear()
+    _refusal = None
 
 
 def check() -> List[Tuple[Patch, str, str]]:
@@ -199,19 +242,28 @@ def status() -> Dict[str, Any]:
         ``active`` (bool), ``reason`` (why not, or None), ``llava`` (its folder, or None), ``versions`` (package to
         version or None), ``targets`` (list of target, state, detail), ``implementations`` (device to name).
     """
-    reason = _refusal
     try:
         importlib.import_module(activation.TRIGGER)
+        reason = _refusal or (None if _originals else "the hook is off; call llava_mmfuser.activate()")
     except Exception as error:
         reason = f"LLaVA cannot be imported: {type(error).__name__}: {error}"
-    if not _originals and reason is None:
-        reason = _refusal or "the hook is not installed in this interpreter"
     return {
-        "active": bool(_originals),
-        "reason": None if _originals else reason,
+        "active": reason is None,
+        "reason": reason,
         "llava": _path_of("llava"),
-        "versions": {name: _version_of(name) for name in
-                     ("llava_mmfuser", "llava", "llava-torch", "torch", "transformers", "deepspeed", "flash-attn", "triton")},
+        "versions": {
+            name: _version_of(name)
+            for name in (
+                "llava_mmfuser",
+                "llava",
+                "llava-torch",
+                "torch",
+                "transformers",
+                "deepspeed",
+                "flash-attn",
+                "triton",
+            )
+        },
         "targets": [(row.target, state, detail) for row, state, detail in check()],
         "implementations": {device: select_implementation(device) for device in ("cpu", "cuda")},
     }
@@ -226,9 +278,11 @@ def _check_row(row: Patch) -> Tuple[str, str]:
     parameters = tuple(inspect.signature(getattr(found, "__func__", found)).parameters)
     if isinstance(found, classmethod):
         parameters = parameters[1:]
-    if parameters[:len(row.parameters)] != row.parameters:
+    if parameters[: len(row.parameters)] != row.parameters:
         return "changed", f"expected parameters ({', '.join(row.parameters)}), found ({', '.join(parameters)})"
-    return "ok", "patched" if row.target in _originals else ("relied upon" if row.replacement is None else "not patched")
+    return "ok", "patched" if row.target in _originals else (
+        "relied upon" if row.replacement is None else "not patched"
+    )
 
 
 def _owner(target: str) -> Tuple[Any, str]:
@@ -243,14 +297,18 @@ def _replace(target: str, replacement: Callable) -> None:
     call = getattr(original, "__func__", original)
 
     if isinstance(original, classmethod):
+
         @functools.wraps(call)
         def wrapper(cls, *args, **kwargs):
             return replacement(functools.partial(call, cls), *args, **kwargs)
+
         setattr(owner, name, classmethod(wrapper))
     else:
+
         @functools.wraps(call)
         def wrapper(*args, **kwargs):
             return replacement(call, *args, **kwargs)
+
         setattr(owner, name, wrapper)
     _originals[target] = original
 
@@ -274,8 +332,10 @@ def _resolve(args: Any, vision_tower: str) -> MMFuserConfig:
         raise ValueError(f"s2=True together with mm_projector_type={PROJECTOR_TYPE} is not supported; set s2 to False")
     model_type = PretrainedConfig.get_config_dict(vision_tower)[0].get("model_type")
     if model_type not in _CLIP_TYPES:
-        raise ValueError(f"vision_tower={vision_tower!r} has model_type={model_type!r}, but mm_projector_type="
-                         f"{PROJECTOR_TYPE} needs a CLIP tower, such as openai/clip-vit-large-patch14-336")
+        raise ValueError(
+            f"vision_tower={vision_tower!r} has model_type={model_type!r}, but mm_projector_type="
+            f"{PROJECTOR_TYPE} needs a CLIP tower, such as openai/clip-vit-large-patch14-336"
+        )
     return MMFuserConfig.from_llava(args).resolve(CLIPVisionConfig.from_pretrained(vision_tower))
 
 
@@ -297,9 +357,11 @@ def _check_arguments(arguments: Any) -> None:
 def _refuse_layer_list(args: Any) -> None:
     layers = getattr(args, "mm_vision_select_layer", None)
     if isinstance(layers, (list, tuple)):
-        raise ValueError(f"mm_vision_select_layer={list(layers)} is a list, which needs mm_projector_type={PROJECTOR_TYPE}, "
-                         f"but it is {getattr(args, 'mm_projector_type', None)!r}; a checkpoint like this comes from the "
-                         f"authors' fork and has other weight names")
+        raise ValueError(
+            f"mm_vision_select_layer={list(layers)} is a list, which needs mm_projector_type={PROJECTOR_TYPE}, "
+            f"but it is {getattr(args, 'mm_projector_type', None)!r}; a checkpoint like this comes from the "
+            f"authors' fork and has other weight names"
+        )
 
 
 def _kept_settings(model: Any, model_args: Any) -> MMFuserConfig:
@@ -310,16 +372,20 @@ def _kept_settings(model: Any, model_args: Any) -> MMFuserConfig:
         given["layers"] = resolve_layers(given["layers"], model.get_vision_tower().config.num_hidden_layers)
     for name, value in given.items():
         if value != getattr(kept, name):
-            raise ValueError(f"mm_fuser_{name}={value!r}, but the checkpoint was trained with {getattr(kept, name)!r}; "
-                             f"drop the flag, or start from a checkpoint without a fuser")
+            raise ValueError(
+                f"mm_fuser_{name}={value!r}, but the checkpoint was trained with {getattr(kept, name)!r}; "
+                f"drop the flag, or start from a checkpoint without a fuser"
+            )
     return kept
 
 
 def _existing_projector_settings(config: Any, model_args: Any, settings: MMFuserConfig) -> MMFuserConfig:
     existing = getattr(config, "mm_projector_type", "linear")
     if getattr(model_args, "mm_fuser_projector", None) not in (None, existing):
-        raise ValueError(f"mm_fuser_projector={model_args.mm_fuser_projector!r}, but the checkpoint's projector is "
-                         f"{existing!r}; drop the flag")
+        raise ValueError(
+            f"mm_fuser_projector={model_args.mm_fuser_projector!r}, but the checkpoint's projector is "
+            f"{existing!r}; drop the flag"
+        )
     return dataclasses.replace(settings, projector=existing)
 
 
@@ -335,10 +401,18 @@ def _report(projector: MMFuserProjector, settings: MMFuserConfig, weights: str) 
     if int(os.environ.get("RANK", "0")):
         return
     device = projector.fuser.query_norm.weight.device
-    logger.info("hidden_states %s -> %s attention%s, %d heads x %d points (%s on %s) -> %s; fuser weights: %s",
-                ",".join(map(str, settings.layers)) if isinstance(settings.layers, tuple) else settings.layers,
-                settings.attention, " + self-attention" if settings.self_attention else "", settings.num_heads,
-                settings.num_points, select_implementation(device), device, settings.projector, weights)
+    logger.info(
+        "hidden_states %s -> %s attention%s, %d heads x %d points (%s on %s) -> %s; fuser weights: %s",
+        ",".join(map(str, settings.layers)) if isinstance(settings.layers, tuple) else settings.layers,
+        settings.attention,
+        " + self-attention" if settings.self_attention else "",
+        settings.num_heads,
+        settings.num_points,
+        select_implementation(device),
+        device,
+        settings.projector,
+        weights,
+    )
 
 
 def _log_to_stderr() -> None:

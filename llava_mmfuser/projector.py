@@ -12,7 +12,6 @@ from .config import MMFuserConfig
 from .fuser import MMFuser
 from .resettable import Resettable
 
-
 logger = logging.getLogger("llava_mmfuser")
 
 
@@ -39,9 +38,14 @@ class MMFuserProjector(Resettable, nn.Module):
     @classmethod
     def build(cls, settings: MMFuserConfig, hidden_size: int, projector: nn.Module) -> "MMFuserProjector":
         """Put a fresh fuser (identity) for feature maps of width hidden_size in front of a projector."""
-        fuser = MMFuser(hidden_size, num_layers=settings.num_layers, num_heads=settings.num_heads,
-                        num_points=settings.num_points, attention=settings.attention,
-                        self_attention=settings.self_attention)
+        fuser = MMFuser(
+            hidden_size,
+            num_layers=settings.num_layers,
+            num_heads=settings.num_heads,
+            num_points=settings.num_points,
+            attention=settings.attention,
+            self_attention=settings.self_attention,
+        )
         return cls(fuser, projector)
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
@@ -55,12 +59,14 @@ class MMFuserProjector(Resettable, nn.Module):
             [B, N, D] or [B, 1+N, D], D the width of the language model.
 
         Raises:
-            ValueError: a channel count that is not L*C, or a token count that is neither a square nor a square plus one.
+            ValueError: a channel count that is not L*C, or a token count that is neither a square nor one more.
         """
         fuser = self.fuser
         if features.dim() != 3 or features.shape[-1] != fuser.num_layers * fuser.hidden_size:
-            raise ValueError(f"features {tuple(features.shape)} must be [B, N, {fuser.num_layers} * {fuser.hidden_size}]: "
-                             f"this projector fuses {fuser.num_layers} layers; is the vision tower's select_layer the same?")
+            raise ValueError(
+                f"features {tuple(features.shape)} must be [B, N, {fuser.num_layers} * {fuser.hidden_size}]: "
+                f"this projector fuses {fuser.num_layers} layers; is the vision tower's select_layer the same?"
+            )
         layers = features.unflatten(-1, (fuser.num_layers, fuser.hidden_size)).unbind(-2)
         tokens = features.shape[1]
         if math.isqrt(tokens) ** 2 != tokens and math.isqrt(tokens - 1) ** 2 == tokens - 1:

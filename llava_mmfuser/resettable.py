@@ -90,7 +90,7 @@ class Gate(Resettable, nn.Module):
 
 
 def materialize(module: nn.Module) -> None:
-    """Give every `Resettable` below `module` that still has parameters on the meta device real, initial ones on the CPU."""
+    """Give every `Resettable` below `module` that has parameters on the meta device initial ones on the CPU."""
     for leaf in module.modules():
         if isinstance(leaf, Resettable) and any(parameter.is_meta for parameter in leaf.parameters(recurse=False)):
             for name, parameter in list(leaf.named_parameters(recurse=False)):

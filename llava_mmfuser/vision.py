@@ -14,13 +14,16 @@ def select_tokens(hidden_state: torch.Tensor, select_feature: str) -> torch.Tens
         ValueError: another select_feature.
     """
     if select_feature not in SELECT_FEATURES:
-        raise ValueError(f"mm_vision_select_feature={select_feature!r} is not allowed; use {' or '.join(SELECT_FEATURES)}")
+        raise ValueError(
+            f"mm_vision_select_feature={select_feature!r} is not allowed; use {' or '.join(SELECT_FEATURES)}"
+        )
     return hidden_state[:, 1:] if select_feature == "patch" else hidden_state
 
 
 @torch.no_grad()
-def capture_layers(model: Any, pixel_values: torch.Tensor, layers: Sequence[int], select_feature: str,
-                   dtype: torch.dtype) -> torch.Tensor:
+def capture_layers(
+    model: Any, pixel_values: torch.Tensor, layers: Sequence[int], select_feature: str, dtype: torch.dtype
+) -> torch.Tensor:
     """Run a `CLIPVisionModel` up to the deepest requested layer and keep only the requested maps.
 
     The maps equal ``model(pixel_values, output_hidden_states=True).hidden_states[i]`` bit for bit; later blocks are not
@@ -45,8 +48,9 @@ def capture_layers(model: Any, pixel_values: torch.Tensor, layers: Sequence[int]
         if index in layers:
             tokens = select_tokens(hidden, select_feature)
             if out is None:
-                out = torch.empty(*tokens.shape[:2], len(layers), tokens.shape[2], dtype=dtype,
-                                  device=pixel_values.device)
+                out = torch.empty(
+                    *tokens.shape[:2], len(layers), tokens.shape[2], dtype=dtype, device=pixel_values.device
+                )
             out[:, :, layers.index(index)] = tokens
     return out.flatten(2)
 

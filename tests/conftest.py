@@ -12,7 +12,9 @@ TORCH = tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "fp16_cpu: needs fp16 matrix products on the CPU, which torch 2.1.2 lacks")
-    config.addinivalue_line("markers", "deepspeed_cpu: needs DeepSpeed on the CPU, where 0.12.6 wants Intel's extension")
+    config.addinivalue_line(
+        "markers", "deepspeed_cpu: needs DeepSpeed on the CPU, where 0.12.6 wants Intel's extension"
+    )
     config.addinivalue_line("markers", "gpu: needs a CUDA device")
 
 

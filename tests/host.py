@@ -13,16 +13,31 @@ CONTROLS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "L
 def environment(**extra):
     """This process's environment without launcher variables, offline, one thread, plus `extra` (None removes)."""
     env = {key: value for key, value in os.environ.items() if key not in CONTROLS}
-    env.update(HF_HUB_OFFLINE="1", TRANSFORMERS_OFFLINE="1", OMP_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false",
-               WANDB_DISABLED="true", PYTHONPATH="", TRANSFORMERS_VERBOSITY="error")
+    env.update(
+        HF_HUB_OFFLINE="1",
+        TRANSFORMERS_OFFLINE="1",
+        OMP_NUM_THREADS="1",
+        TOKENIZERS_PARALLELISM="false",
+        WANDB_DISABLED="true",
+        PYTHONPATH="",
+        TRANSFORMERS_VERBOSITY="error",
+    )
     env.update({key: value for key, value in extra.items() if value is not None})
     return env
 
 
 def run(command, check=True, env=None, cwd=None, timeout=600):
     """Run a command; on failure show its last output."""
-    done = subprocess.run([str(part) for part in command], env=env or environment(), cwd=cwd, text=True,
-                          stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=timeout)
+    done = subprocess.run(
+        [str(part) for part in command],
+        env=env or environment(),
+        cwd=cwd,
+        text=True,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        timeout=timeout,
+    )
     if check and done.returncode:
         raise AssertionError(f"{' '.join(map(str, command))}\nexit {done.returncode}\n{done.stdout[-6000:]}")
     return done
@@ -38,14 +53,33 @@ def train_py():
 def train_arguments(world, output, stage="pretrain", **options):
     """LLaVA's v1_5 recipe with tiny sizes; options override or add flags, None drops one."""
     flags = dict(
-        model_name_or_path=world / "llama", version="plain" if stage == "pretrain" else "v1",
-        data_path=world / "data" / f"{stage}.json", image_folder=world / "data", vision_tower=world / "clip",
-        mm_projector_type="mmfuser", tune_mm_mlp_adapter=stage == "pretrain", mm_vision_select_layer="-2",
-        mm_use_im_start_end=False, mm_use_im_patch_token=False, bf16=True, use_cpu=True, output_dir=output,
-        num_train_epochs=1, per_device_train_batch_size=4, gradient_accumulation_steps=1, save_strategy="no",
-        learning_rate=1e-3 if stage == "pretrain" else 2e-4, weight_decay=0.0, warmup_ratio=0.03,
-        lr_scheduler_type="cosine", logging_steps=1, model_max_length=256, dataloader_num_workers=0,
-        lazy_preprocess=True, report_to="none")
+        model_name_or_path=world / "llama",
+        version="plain" if stage == "pretrain" else "v1",
+        data_path=world / "data" / f"{stage}.json",
+        image_folder=world / "data",
+        vision_tower=world / "clip",
+        mm_projector_type="mmfuser",
+        tune_mm_mlp_adapter=stage == "pretrain",
+        mm_vision_select_layer="-2",
+        mm_use_im_start_end=False,
+        mm_use_im_patch_token=False,
+        bf16=True,
+        use_cpu=True,
+        output_dir=output,
+        num_train_epochs=1,
+        per_device_train_batch_size=4,
+        gradient_accumulation_steps=1,
+        save_strategy="no",
+        learning_rate=1e-3 if stage == "pretrain" else 2e-4,
+        weight_decay=0.0,
+        warmup_ratio=0.03,
+        lr_scheduler_type="cosine",
+        logging_steps=1,
+        model_max_length=256,
+        dataloader_num_workers=0,
+        lazy_preprocess=True,
+        report_to="none",
+    )
     if stage != "pretrain":
         flags.update(image_aspect_ratio="pad", group_by_modality_length=True)
     flags.update(options)

@@ -50,15 +50,18 @@ def deformable_attention(query, value, p, heads, levels, points, side):
 
 def mmfuser(layers, parameters, heads, points, self_attention=True):
     """layers: L tensors [B, N, C]; parameters: `MMFuser`'s, by name."""
+
     def part(prefix):
-        return {name[len(prefix):]: value for name, value in parameters.items() if name.startswith(prefix)}
+        return {name[len(prefix) :]: value for name, value in parameters.items() if name.startswith(prefix)}
 
     def norm(name, x):
         return layer_norm(x, parameters[name + ".weight"], parameters[name + ".bias"])
 
     query, side = layers[-1], math.isqrt(layers[-1].shape[1])
     value = norm("feat_norm", torch.cat(list(layers[:-1]), 1))
-    fused = deformable_attention(norm("query_norm", query), value, part("cross_attn."), heads, len(layers) - 1, points, side)
+    fused = deformable_attention(
+        norm("query_norm", query), value, part("cross_attn."), heads, len(layers) - 1, points, side
+    )
     if self_attention:
         normed = norm("self_norm", fused)
         refined = deformable_attention(normed, normed, part("self_attn."), heads, 1, points, side)

@@ -8,49 +8,90 @@ from llava_mmfuser.config import parse_layers, resolve_layers
 VIT_L = SimpleNamespace(num_hidden_layers=24, hidden_size=1024)
 
 
-@pytest.mark.parametrize("text", ["=-22,-17,-12,-7,-2", "-22,-17,-12,-7,-2", "-22 -17 -12 -7 -2", "[-22,-17,-12,-7,-2]",
-                                  "list-22/-17/-12/-7/-2", "3,8,13,18,23", "3 8 13 18 23", "[3, 8, 13, 18, 23]",
-                                  "3,-17,13,-7,23", (3, 8, 13, 18, 23), [-22, -17, -12, -7, -2], "-2", -2, 23])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "=-22,-17,-12,-7,-2",
+        "-22,-17,-12,-7,-2",
+        "-22 -17 -12 -7 -2",
+        "[-22,-17,-12,-7,-2]",
+        "list-22/-17/-12/-7/-2",
+        "3,8,13,18,23",
+        "3 8 13 18 23",
+        "[3, 8, 13, 18, 23]",
+        "3,-17,13,-7,23",
+        (3, 8, 13, 18, 23),
+        [-22, -17, -12, -7, -2],
+        "-2",
+        -2,
+        23,
+    ],
+)
 def test_every_spelling_means_the_default_layers_of_vit_l(text):
     assert resolve_layers(parse_layers(text), 24) == (3, 8, 13, 18, 23)
 
 
-@pytest.mark.parametrize("depth,query,layers", [(24, -2, (3, 8, 13, 18, 23)), (24, -1, (4, 9, 14, 19, 24)),
-                                                (8, -2, (3, 4, 5, 6, 7)), (12, 11, (3, 5, 7, 9, 11)), (4, 4, (0, 1, 2, 3, 4))])
+@pytest.mark.parametrize(
+    "depth,query,layers",
+    [
+        (24, -2, (3, 8, 13, 18, 23)),
+        (24, -1, (4, 9, 14, 19, 24)),
+        (8, -2, (3, 4, 5, 6, 7)),
+        (12, 11, (3, 5, 7, 9, 11)),
+        (4, 4, (0, 1, 2, 3, 4)),
+    ],
+)
 def test_uniform_default(depth, query, layers):
     assert resolve_layers(query, depth) == layers
 
 
-@pytest.mark.parametrize("layers,message", [
-    ((3, 25), "layer 25 does not exist; this vision tower has 24 blocks"),
-    (-26, "layer -26 does not exist"),
-    ((3, 3, 23), "names a layer twice"),
-    ((-2, 23), "names a layer twice"),
-    ((23, 3), "not in order .* the query layer last: 3,23"),
-    (2, "no uniform set of 5 layers below"),
-])
+@pytest.mark.parametrize(
+    "layers,message",
+    [
+        ((3, 25), "layer 25 does not exist; this vision tower has 24 blocks"),
+        (-26, "layer -26 does not exist"),
+        ((3, 3, 23), "names a layer twice"),
+        ((-2, 23), "names a layer twice"),
+        ((23, 3), "not in order .* the query layer last: 3,23"),
+        (2, "no uniform set of 5 layers below"),
+    ],
+)
 def test_layers_that_a_tower_cannot_give_are_refused(layers, message):
     with pytest.raises(ValueError, match=message):
         resolve_layers(layers, 24)
 
 
-@pytest.mark.parametrize("value,message", [
-    ("3;8", "is not a list of layers; write it as"), ("", "is not a list"), ("three", "is not a list"), (2.5, "is not a list"),
-    (True, "is not a list"), ("[23]", "names 1 layer"), ("list-2", "names 1 layer"), ([23], "names 1 layer"), ([], "names 0"),
-])
+@pytest.mark.parametrize(
+    "value,message",
+    [
+        ("3;8", "is not a list of layers; write it as"),
+        ("", "is not a list"),
+        ("three", "is not a list"),
+        (2.5, "is not a list"),
+        (True, "is not a list"),
+        ("[23]", "names 1 layer"),
+        ("list-2", "names 1 layer"),
+        ([23], "names 1 layer"),
+        ([], "names 0"),
+    ],
+)
 def test_values_that_name_no_layers_are_refused(value, message):
     with pytest.raises(ValueError, match=message):
         parse_layers(value)
 
 
-@pytest.mark.parametrize("settings,message", [
-    (dict(projector="mlp"), "mm_fuser_projector='mlp' is not allowed; use linear or mlpNx_gelu"),
-    (dict(projector="mlp0x_gelu"), "mm_fuser_projector"),
-    (dict(attention="sparse"), "mm_fuser_attention='sparse' is not allowed; use deformable"),
-    (dict(self_attention="maybe"), "mm_fuser_self_attention='maybe' is not allowed; use True or False"),
-    (dict(num_heads=0), "mm_fuser_num_heads=0 is not allowed"), (dict(num_points=-1), "mm_fuser_num_points=-1"),
-    (dict(num_points=2.5), "mm_fuser_num_points=2.5"),
-])
+@pytest.mark.parametrize(
+    "settings,message",
+    [
+        (dict(projector="mlp"), "mm_fuser_projector='mlp' is not allowed; use linear or mlpNx_gelu"),
+        (dict(projector="mlp0x_gelu"), "mm_fuser_projector"),
+        (dict(attention="sparse"), "mm_fuser_attention='sparse' is not allowed; use deformable"),
+        (dict(self_attention="maybe"), "mm_fuser_self_attention='maybe' is not allowed; use True or False"),
+        (dict(num_heads=0), "mm_fuser_num_heads=0 is not allowed"),
+        (dict(num_points=-1), "mm_fuser_num_points=-1"),
+        (dict(num_points=2.5), "mm_fuser_num_points=2.5"),
+    ],
+)
 def test_settings_that_are_not_allowed_are_named(settings, message):
     with pytest.raises(ValueError, match=message):
         MMFuserConfig(**settings)
@@ -62,14 +103,28 @@ def test_heads_are_checked_against_the_tower():
 
 
 def test_settings_round_trip_through_a_llava_config():
-    settings = MMFuserConfig(layers="-9,-2", projector="linear", self_attention=False, num_heads=8, num_points=2).resolve(VIT_L)
+    settings = MMFuserConfig(
+        layers="-9,-2", projector="linear", self_attention=False, num_heads=8, num_points=2
+    ).resolve(VIT_L)
     flat = settings.to_llava()
-    assert flat == dict(mm_fuser_layers=[16, 23], mm_fuser_projector="linear", mm_fuser_attention="deformable",
-                        mm_fuser_self_attention=False, mm_fuser_num_heads=8, mm_fuser_num_points=2)
+    assert flat == dict(
+        mm_fuser_layers=[16, 23],
+        mm_fuser_projector="linear",
+        mm_fuser_attention="deformable",
+        mm_fuser_self_attention=False,
+        mm_fuser_num_heads=8,
+        mm_fuser_num_points=2,
+    )
     assert MMFuserConfig.from_llava(SimpleNamespace(mm_vision_select_layer=-1, **flat)) == settings
 
 
 def test_select_layer_is_the_default_query():
-    assert MMFuserConfig.from_llava(SimpleNamespace(mm_vision_select_layer=-2)).resolve(VIT_L).layers == (3, 8, 13, 18, 23)
+    assert MMFuserConfig.from_llava(SimpleNamespace(mm_vision_select_layer=-2)).resolve(VIT_L).layers == (
+        3,
+        8,
+        13,
+        18,
+        23,
+    )
     listed = MMFuserConfig.from_llava(SimpleNamespace(mm_vision_select_layer="list-9/-2"))
     assert listed.resolve(VIT_L).layers == (16, 23)

@@ -1,9 +1,9 @@
 import math
 
+import paper
 import pytest
 import torch
 
-import paper
 from llava_mmfuser import MMFuser
 
 # bf16 and fp16 against float64 on the same rounded inputs and weights: largest deviation relative to the largest value.
@@ -26,11 +26,21 @@ def close(found, expected, limit):
     return (found - expected).abs().max() <= limit * expected.abs().max()
 
 
-@pytest.mark.parametrize("num_layers,batch,side,heads,points,self_attention,spread", [
-    (2, 1, 4, 4, 4, True, 2.0), (3, 3, 3, 2, 1, True, 2.0), (5, 2, 3, 4, 3, True, 2.0), (3, 2, 4, 1, 2, False, 2.0),
-    (3, 2, 3, 4, 4, True, 50.0), (2, 2, 1, 4, 4, True, 2.0),
-], ids=["two maps", "odd batch", "five maps", "cross only", "far outside", "one cell"])
-def test_equals_the_equations_in_outputs_and_all_gradients(num_layers, batch, side, heads, points, self_attention, spread):
+@pytest.mark.parametrize(
+    "num_layers,batch,side,heads,points,self_attention,spread",
+    [
+        (2, 1, 4, 4, 4, True, 2.0),
+        (3, 3, 3, 2, 1, True, 2.0),
+        (5, 2, 3, 4, 3, True, 2.0),
+        (3, 2, 4, 1, 2, False, 2.0),
+        (3, 2, 3, 4, 4, True, 50.0),
+        (2, 2, 1, 4, 4, True, 2.0),
+    ],
+    ids=["two maps", "odd batch", "five maps", "cross only", "far outside", "one cell"],
+)
+def test_equals_the_equations_in_outputs_and_all_gradients(
+    num_layers, batch, side, heads, points, self_attention, spread
+):
     fuser = awake(MMFuser(16, num_layers, heads, points, self_attention=self_attention).double(), spread)
     layers = maps(num_layers, batch, side)
     out = fuser(layers)
@@ -78,8 +88,9 @@ def test_attention_equals_transformers_deformable_detr(levels):
     weights = attention.attention_weights(query).view(3, -1, heads, levels * points).softmax(-1)
     weights = weights.view(3, -1, heads, levels, points)
     shapes = torch.tensor([[side, side]] * levels)
-    sampled = multi_scale_deformable_attention(attention.value_proj(value).view(3, -1, heads, width // heads), shapes,
-                                               locations, weights)
+    sampled = multi_scale_deformable_attention(
+        attention.value_proj(value).view(3, -1, heads, width // heads), shapes, locations, weights
+    )
     expected = attention.output_proj(sampled)
     assert close(out, expected, 1e-9)
     inputs = [query, value] + list(attention.parameters())
@@ -103,14 +114,18 @@ def test_initial_values_are_the_papers():
     fuser = MMFuser(64, 5, 8, 4)
     for attention, levels in ((fuser.cross_attn, 4), (fuser.self_attn, 1)):
         assert attention.sampling_offsets.weight.count_nonzero() == 0
-        assert attention.attention_weights.weight.count_nonzero() == attention.attention_weights.bias.count_nonzero() == 0
+        assert (
+            attention.attention_weights.weight.count_nonzero() == attention.attention_weights.bias.count_nonzero() == 0
+        )
         ring = attention.sampling_offsets.bias.view(8, levels, 4, 2)
         torch.testing.assert_close(ring[:, 0, 3].abs().amax(-1), torch.full((8,), 4.0))
         assert torch.equal(ring, ring[:, :1].expand_as(ring))
         assert torch.atan2(ring[1, 0, 0, 1], ring[1, 0, 0, 0]).item() == pytest.approx(2 * math.pi / 8)
         for linear in (attention.value_proj, attention.output_proj):
             bound = math.sqrt(6 / 128)
-            assert linear.weight.abs().max() <= bound and linear.weight.std().item() == pytest.approx(bound / 3 ** .5, rel=.05)
+            assert linear.weight.abs().max() <= bound and linear.weight.std().item() == pytest.approx(
+                bound / 3**0.5, rel=0.05
+            )
             assert linear.bias.count_nonzero() == 0
     for norm in (fuser.query_norm, fuser.feat_norm, fuser.self_norm):
         assert norm.eps == 1e-6 and torch.equal(norm.weight, torch.ones(64)) and norm.bias.count_nonzero() == 0
@@ -146,8 +161,12 @@ def test_parameter_names_survive_transformers_peft_and_llava():
 @pytest.mark.parametrize("prefix", ["", "0."])
 def test_published_names_load(prefix):
     source, fuser = awake(MMFuser(16, 3, 4)), MMFuser(16, 3, 4)
-    theirs = {"cross_gate.scale": "gamma1", "self_gate.scale": "gamma2", "self_norm.weight": "norm1.weight",
-              "self_norm.bias": "norm1.bias"}
+    theirs = {
+        "cross_gate.scale": "gamma1",
+        "self_gate.scale": "gamma2",
+        "self_norm.weight": "norm1.weight",
+        "self_norm.bias": "norm1.bias",
+    }
     published = {prefix + theirs.get(name, name): value for name, value in source.state_dict().items()}
     assert prefix + "gamma1" in published
     fuser.load_state_dict(published)
@@ -172,24 +191,30 @@ def test_nan_in_nan_out():
     assert fuser(layers).isnan().all()
 
 
-@pytest.mark.parametrize("settings,message", [
-    (dict(num_layers=1), "num_layers=1 is not allowed"),
-    (dict(num_heads=3), "mm_fuser_num_heads=3 does not divide the feature width 16; use one of 1, 2, 4, 8, 16"),
-    (dict(num_heads=0), "mm_fuser_num_heads=0"),
-    (dict(num_heads=4, num_points=0), "mm_fuser_num_points=0"),
-    (dict(attention="sparse"), "mm_fuser_attention='sparse' is not allowed; use deformable"),
-])
+@pytest.mark.parametrize(
+    "settings,message",
+    [
+        (dict(num_layers=1), "num_layers=1 is not allowed"),
+        (dict(num_heads=3), "mm_fuser_num_heads=3 does not divide the feature width 16; use one of 1, 2, 4, 8, 16"),
+        (dict(num_heads=0), "mm_fuser_num_heads=0"),
+        (dict(num_heads=4, num_points=0), "mm_fuser_num_points=0"),
+        (dict(attention="sparse"), "mm_fuser_attention='sparse' is not allowed; use deformable"),
+    ],
+)
 def test_settings_that_cannot_work_are_refused(settings, message):
     with pytest.raises(ValueError, match=message):
         MMFuser(16, **settings)
 
 
-@pytest.mark.parametrize("layers,message", [
-    ([torch.zeros(1, 4, 16)] * 2, "got 2 feature maps, but this fuser was built for num_layers=3"),
-    ([torch.zeros(1, 4, 16), torch.zeros(1, 9, 16), torch.zeros(1, 4, 16)], "alike"),
-    ([torch.zeros(1, 6, 16)] * 3, "6 tokens is not square"),
-    ([torch.zeros(1, 4, 8)] * 3, r"\[B, N, 16\]"),
-])
+@pytest.mark.parametrize(
+    "layers,message",
+    [
+        ([torch.zeros(1, 4, 16)] * 2, "got 2 feature maps, but this fuser was built for num_layers=3"),
+        ([torch.zeros(1, 4, 16), torch.zeros(1, 9, 16), torch.zeros(1, 4, 16)], "alike"),
+        ([torch.zeros(1, 6, 16)] * 3, "6 tokens is not square"),
+        ([torch.zeros(1, 4, 8)] * 3, r"\[B, N, 16\]"),
+    ],
+)
 def test_feature_maps_that_do_not_fit_are_refused(layers, message):
     with pytest.raises(ValueError, match=message):
         MMFuser(16, 3, 4)(layers)

@@ -7,10 +7,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from llava.model import LlavaConfig, LlavaLlamaForCausalLM
 from llava.model.llava_arch import LlavaMetaModel
 from llava.model.multimodal_encoder.clip_encoder import CLIPVisionTower
 from llava.model.multimodal_projector.builder import build_vision_projector
-from llava.model import LlavaConfig, LlavaLlamaForCausalLM
 
 from llava_mmfuser import MMFuser, MMFuserProjector
 from llava_mmfuser.config import ATTENTION_KINDS
@@ -18,8 +18,14 @@ from llava_mmfuser.config import ATTENTION_KINDS
 
 def arguments(world, **settings):
     """`ModelArguments` as train.py would hand them over."""
-    values = dict(vision_tower=str(world / "clip"), mm_vision_select_layer=-2, mm_vision_select_feature="patch",
-                  mm_projector_type="mmfuser", pretrain_mm_mlp_adapter=None, mm_patch_merge_type="flat")
+    values = dict(
+        vision_tower=str(world / "clip"),
+        mm_vision_select_layer=-2,
+        mm_vision_select_feature="patch",
+        mm_projector_type="mmfuser",
+        pretrain_mm_mlp_adapter=None,
+        mm_patch_merge_type="flat",
+    )
     return SimpleNamespace(**{**values, **settings})
 
 
@@ -33,8 +39,9 @@ def projector_config(**settings):
 
 
 def small_config(**settings):
-    return LlavaConfig(vocab_size=64, hidden_size=64, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2,
-                       **settings)
+    return LlavaConfig(
+        vocab_size=64, hidden_size=64, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2, **settings
+    )
 
 
 def model_with(world, **settings):
@@ -47,8 +54,10 @@ def model_with(world, **settings):
 IMAGES = torch.rand(3, 3, 28, 28)
 
 
-@pytest.mark.parametrize("select_layer,layers", [
-    (-2, [3, 4, 5, 6, 7]), ((1, 4, 8), [1, 4, 8]), ("list-8/-2", [1, 7]), ("0 3", [0, 3]), ([0, -1], [0, 8])])
+@pytest.mark.parametrize(
+    "select_layer,layers",
+    [(-2, [3, 4, 5, 6, 7]), ((1, 4, 8), [1, 4, 8]), ("list-8/-2", [1, 7]), ("0 3", [0, 3]), ([0, -1], [0, 8])],
+)
 @pytest.mark.parametrize("feature", ["patch", "cls_patch"])
 def test_tower_returns_the_layers_side_by_side(world, select_layer, layers, feature):
     vision = tower(world, mm_vision_select_layer=select_layer, mm_vision_select_feature=feature)
@@ -83,9 +92,15 @@ def test_tower_loads_late_as_upstream(world):
     assert vision(IMAGES).shape == (3, 16, 5 * 64)
 
 
-@pytest.mark.parametrize("inner,names", [
-    ("mlp2x_gelu", ["0.weight", "0.bias", "2.weight", "2.bias"]), ("linear", ["weight", "bias"]),
-    ("mlp1x_gelu", ["0.weight", "0.bias"]), ("mlp3x_gelu", ["0.weight", "0.bias", "2.weight", "2.bias", "4.weight", "4.bias"])])
+@pytest.mark.parametrize(
+    "inner,names",
+    [
+        ("mlp2x_gelu", ["0.weight", "0.bias", "2.weight", "2.bias"]),
+        ("linear", ["weight", "bias"]),
+        ("mlp1x_gelu", ["0.weight", "0.bias"]),
+        ("mlp3x_gelu", ["0.weight", "0.bias", "2.weight", "2.bias", "4.weight", "4.bias"]),
+    ],
+)
 def test_projector_keeps_upstreams_names_and_starts_as_upstream(inner, names):
     torch.manual_seed(1)
     plain = build_vision_projector(projector_config(mm_projector_type=inner))
@@ -109,9 +124,14 @@ def test_cls_passes_the_fuser_unchanged():
     torch.testing.assert_close(out[:, :1], fused._modules["2"](fused._modules["1"](fused._modules["0"](query_cls))))
 
 
-@pytest.mark.parametrize("features,message", [
-    (torch.zeros(1, 9, 4 * 32), r"must be \[B, N, 5 \* 32\]"), (torch.zeros(1, 6, 5 * 32), "6 tokens is not square"),
-    (torch.zeros(9, 5 * 32), "must be")])
+@pytest.mark.parametrize(
+    "features,message",
+    [
+        (torch.zeros(1, 9, 4 * 32), r"must be \[B, N, 5 \* 32\]"),
+        (torch.zeros(1, 6, 5 * 32), "6 tokens is not square"),
+        (torch.zeros(9, 5 * 32), "must be"),
+    ],
+)
 def test_features_that_do_not_fit_the_projector_are_refused(features, message):
     with pytest.raises(ValueError, match=message):
         build_vision_projector(projector_config())(features)
@@ -127,8 +147,13 @@ def test_other_projector_types_are_upstreams_own_objects():
 def test_pretraining_start_writes_a_config_that_describes_the_checkpoint(world):
     config = model_with(world, mm_fuser_num_heads=4).config
     assert {key: getattr(config, key) for key in vars(config) if key.startswith("mm_fuser")} == dict(
-        mm_fuser_layers=[3, 4, 5, 6, 7], mm_fuser_projector="mlp2x_gelu", mm_fuser_attention=ATTENTION_KINDS[0],
-        mm_fuser_self_attention=True, mm_fuser_num_heads=4, mm_fuser_num_points=4)
+        mm_fuser_layers=[3, 4, 5, 6, 7],
+        mm_fuser_projector="mlp2x_gelu",
+        mm_fuser_attention=ATTENTION_KINDS[0],
+        mm_fuser_self_attention=True,
+        mm_fuser_num_heads=4,
+        mm_fuser_num_points=4,
+    )
     assert config.mm_projector_type == "mmfuser" and config.mm_vision_select_layer == -2
 
 
@@ -148,9 +173,16 @@ def without_fuser(folder):
     save_file(state, file, metadata={"format": "pt"})
 
 
-@pytest.mark.parametrize("loading", [dict(), dict(low_cpu_mem_usage=True), dict(low_cpu_mem_usage=True, device_map={"": "cpu"}),
-                                     dict(low_cpu_mem_usage=True, device_map="auto", torch_dtype=torch.float16)],
-                         ids=["default", "low_cpu", "device_map cpu", "device_map auto fp16"])
+@pytest.mark.parametrize(
+    "loading",
+    [
+        dict(),
+        dict(low_cpu_mem_usage=True),
+        dict(low_cpu_mem_usage=True, device_map={"": "cpu"}),
+        dict(low_cpu_mem_usage=True, device_map="auto", torch_dtype=torch.float16),
+    ],
+    ids=["default", "low_cpu", "device_map cpu", "device_map auto fp16"],
+)
 @pytest.mark.parametrize("missing", [True, False], ids=["fuser missing", "fuser there"])
 def test_loading_restores_or_initialises_the_fuser(world, tmp_path, monkeypatch, caplog, loading, missing):
     model = model_with(world)
@@ -162,6 +194,7 @@ def test_loading_restores_or_initialises_the_fuser(world, tmp_path, monkeypatch,
         without_fuser(tmp_path)
 
     from llava.utils import disable_torch_init
+
     saved_resets = torch.nn.Linear.reset_parameters, torch.nn.LayerNorm.reset_parameters
     empty = torch.empty
     monkeypatch.setattr(torch, "empty", lambda *a, **k: poison(empty(*a, **k)))
@@ -232,11 +265,14 @@ def test_second_finetune_keeps_layers_and_weights(world):
     assert model.config.mm_fuser_layers == [1, 4, 7] and model.get_vision_tower().select_layer == [1, 4, 7]
 
 
-@pytest.mark.parametrize("settings,message", [
-    (dict(mm_projector_type="mlp2x_gelu"), "checkpoint has a fuser .* write --mm_projector_type mmfuser"),
-    (dict(mm_fuser_num_points=2), "mm_fuser_num_points=2, but the checkpoint was trained with 4"),
-    (dict(mm_vision_select_layer=(1, 7)), r"mm_fuser_layers=\(1, 7\), but the checkpoint was trained with"),
-])
+@pytest.mark.parametrize(
+    "settings,message",
+    [
+        (dict(mm_projector_type="mlp2x_gelu"), "checkpoint has a fuser .* write --mm_projector_type mmfuser"),
+        (dict(mm_fuser_num_points=2), "mm_fuser_num_points=2, but the checkpoint was trained with 4"),
+        (dict(mm_vision_select_layer=(1, 7)), r"mm_fuser_layers=\(1, 7\), but the checkpoint was trained with"),
+    ],
+)
 def test_script_that_contradicts_a_fuser_checkpoint_is_refused(world, settings, message):
     model = model_with(world)
     with pytest.raises(ValueError, match=message):
@@ -249,13 +285,19 @@ def test_projector_flag_that_contradicts_a_released_checkpoint_is_refused(world)
         model.get_model().initialize_vision_modules(arguments(world, mm_fuser_projector="linear"))
 
 
-@pytest.mark.parametrize("settings,message", [
-    (dict(mm_vision_select_layer=(3, 9)), "layer 9 does not exist; this vision tower has 8 blocks"),
-    (dict(mm_fuser_num_heads=5), "mm_fuser_num_heads=5 does not divide the feature width 64"),
-    (dict(s2=True), "s2=True together with mm_projector_type=mmfuser"),
-    (dict(mm_projector_type="mlp2x_gelu", mm_vision_select_layer=[3, 7]), "is a list, which needs mm_projector_type=mmfuser"),
-    (dict(mm_vision_select_feature="cls"), "select feature|mm_vision_select_feature='cls'"),
-])
+@pytest.mark.parametrize(
+    "settings,message",
+    [
+        (dict(mm_vision_select_layer=(3, 9)), "layer 9 does not exist; this vision tower has 8 blocks"),
+        (dict(mm_fuser_num_heads=5), "mm_fuser_num_heads=5 does not divide the feature width 64"),
+        (dict(s2=True), "s2=True together with mm_projector_type=mmfuser"),
+        (
+            dict(mm_projector_type="mlp2x_gelu", mm_vision_select_layer=[3, 7]),
+            "is a list, which needs mm_projector_type=mmfuser",
+        ),
+        (dict(mm_vision_select_feature="cls"), "select feature|mm_vision_select_feature='cls'"),
+    ],
+)
 def test_tower_refuses_settings_before_it_reads_weights(world, settings, message, monkeypatch):
     if "mm_vision_select_feature" not in settings:
         monkeypatch.setattr(CLIPVisionTower, "load_model", lambda *_: pytest.fail("weights were read"))
@@ -267,7 +309,9 @@ def test_tower_that_is_not_clip_is_refused(world, tmp_path):
     shutil.copytree(world / "clip", tmp_path / "siglip")
     config = json.loads((tmp_path / "siglip" / "config.json").read_text())
     (tmp_path / "siglip" / "config.json").write_text(json.dumps({**config, "model_type": "siglip_vision_model"}))
-    with pytest.raises(ValueError, match="model_type='siglip_vision_model', but mm_projector_type=mmfuser needs a CLIP tower"):
+    with pytest.raises(
+        ValueError, match="model_type='siglip_vision_model', but mm_projector_type=mmfuser needs a CLIP tower"
+    ):
         CLIPVisionTower(str(tmp_path / "siglip"), arguments(world))
 
 

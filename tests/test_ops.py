@@ -30,10 +30,19 @@ def deviation(found, expected):
 
 @pytest.mark.parametrize("implementation", FAST)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-@pytest.mark.parametrize("case", [
-    dict(), dict(batch=3, levels=1, points=1), dict(levels=4, points=4, heads=1), dict(grid=(1, 1)), dict(grid=(3, 7)),
-    dict(spread=100.0), dict(batch=1, depth=1),
-], ids=["plain", "odd batch", "four levels", "one cell", "oblong", "far outside", "width one"])
+@pytest.mark.parametrize(
+    "case",
+    [
+        dict(),
+        dict(batch=3, levels=1, points=1),
+        dict(levels=4, points=4, heads=1),
+        dict(grid=(1, 1)),
+        dict(grid=(3, 7)),
+        dict(spread=100.0),
+        dict(batch=1, depth=1),
+    ],
+    ids=["plain", "odd batch", "four levels", "one cell", "oblong", "far outside", "width one"],
+)
 def test_fast_path_equals_the_reference(implementation, dtype, case):
     grid = case.get("grid", (5, 5))
     tensors = inputs(**case, dtype=torch.float64)
@@ -89,7 +98,11 @@ def test_nan_never_crashes_and_value_and_logits_pass_it_on(implementation, poiso
 def test_works_on_empty_batches_and_views(implementation):
     value, offsets, logits = inputs()
     assert deformable_sampling(value[:0], offsets[:0], logits[:0], (5, 5), implementation).shape == (0, 25, 32)
-    tensors = [value.transpose(1, 2).contiguous().transpose(1, 2), offsets[:1].expand_as(offsets), logits.flip(0).flip(0)]
+    tensors = [
+        value.transpose(1, 2).contiguous().transpose(1, 2),
+        offsets[:1].expand_as(offsets),
+        logits.flip(0).flip(0),
+    ]
     expected = deformable_sampling(*(tensor.contiguous() for tensor in tensors), (5, 5), "reference")
     torch.testing.assert_close(deformable_sampling(*tensors, (5, 5), implementation), expected)
 

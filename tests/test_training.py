@@ -4,10 +4,10 @@ import json
 import sys
 from pathlib import Path
 
+import host
 import pytest
 import torch
 
-import host
 from llava_mmfuser import MMFuser
 
 FUSER_NAMES = {"model.mm_projector.fuser." + name for name, _ in MMFuser(64).named_parameters()}
@@ -71,7 +71,8 @@ ids = tokenizer_image_token("USER: <image>\\nWhat is the number? ASSISTANT:", to
                             return_tensors="pt")[None]
 with torch.inference_mode():
     torch.save({"answer": model.generate(ids, images=images, do_sample=False, max_new_tokens=4),
-                "logits": model(ids, images=images).logits, "projector": model.get_model().mm_projector.state_dict()}, result)
+                "logits": model(ids, images=images).logits,
+                "projector": model.get_model().mm_projector.state_dict()}, result)
 """
 
 
@@ -91,7 +92,7 @@ def test_full_checkpoint_loads_and_answers(world, folder, finetuned):
 def test_base_model_with_adapter_loads_and_answers(world, folder, pretrained):
     found, log = answer(world, pretrained, folder / "adapter.pt", world / "llama")
     for name, value in adapter(pretrained).items():
-        assert torch.equal(found["projector"][name[len("model.mm_projector."):]], value.half()), name
+        assert torch.equal(found["projector"][name[len("model.mm_projector.") :]], value.half()), name
     assert "loaded 24 of 24 fuser tensors" in log
     assert found["answer"].numel() > 0 and found["logits"].isfinite().all()
 
@@ -134,10 +135,22 @@ def test_logits_after_reload_equal_those_before_saving(world, folder, pretrained
 @pytest.fixture(scope="module")
 def zero2(folder):
     file = folder / "zero2.json"
-    file.write_text(json.dumps({
-        "bf16": {"enabled": "auto"}, "train_micro_batch_size_per_gpu": "auto", "train_batch_size": "auto",
-        "gradient_accumulation_steps": "auto", "zero_optimization": {
-            "stage": 2, "overlap_comm": False, "contiguous_gradients": True, "reduce_bucket_size": 500000}}))
+    file.write_text(
+        json.dumps(
+            {
+                "bf16": {"enabled": "auto"},
+                "train_micro_batch_size_per_gpu": "auto",
+                "train_batch_size": "auto",
+                "gradient_accumulation_steps": "auto",
+                "zero_optimization": {
+                    "stage": 2,
+                    "overlap_comm": False,
+                    "contiguous_gradients": True,
+                    "reduce_bucket_size": 500000,
+                },
+            }
+        )
+    )
     return file
 
 
@@ -147,8 +160,9 @@ def launch(world, output, kind, zero2, stage="pretrain", **options):
     launcher = [Path(sys.executable).with_name("deepspeed"), "--num_gpus", "2", "--master_port", "29544"]
     arguments = host.train_arguments(world, output, stage, deepspeed=zero2, **options)
     path = f"{Path(sys.executable).parent}:{host.os.environ['PATH']}"
-    return host.run(launcher + [HERE / "deepspeed_cpu.py"] + arguments,
-                    env=host.environment(DS_ACCELERATOR="cpu", PATH=path))
+    return host.run(
+        launcher + [HERE / "deepspeed_cpu.py"] + arguments, env=host.environment(DS_ACCELERATOR="cpu", PATH=path)
+    )
 
 
 @pytest.mark.parametrize("kind", ["torchrun", pytest.param("deepspeed", marks=pytest.mark.deepspeed_cpu)])
@@ -187,8 +201,15 @@ def test_other_projector_types_train_bit_for_bit_as_without_the_package(world, t
         env = host.environment(LLAVA_MMFUSER_DISABLE=switch)
         output = tmp_path / f"llava-{switch}"
         host.train(world, output / "pre", launcher=launcher, env=env, mm_projector_type=kind)
-        host.train(world, output / "fine", "finetune", launcher=launcher, env=env, mm_projector_type=kind,
-                   pretrain_mm_mlp_adapter=output / "pre" / "mm_projector.bin")
+        host.train(
+            world,
+            output / "fine",
+            "finetune",
+            launcher=launcher,
+            env=env,
+            mm_projector_type=kind,
+            pretrain_mm_mlp_adapter=output / "pre" / "mm_projector.bin",
+        )
         code = f"""
 import torch
 from llava.model import LlavaLlamaForCausalLM
@@ -200,8 +221,14 @@ torch.save([logits.detach(), dict(model.named_parameters())], {str(output / "sta
 """
         host.python(code, env=env)
         config = json.loads((output / "fine" / "config.json").read_text())
-        saved.append((torch.load(output / "state.pt", weights_only=False), host.losses(output / "fine"), adapter(output / "pre"),
-                      {key: value for key, value in config.items() if key != "_name_or_path"}))
+        saved.append(
+            (
+                torch.load(output / "state.pt", weights_only=False),
+                host.losses(output / "fine"),
+                adapter(output / "pre"),
+                {key: value for key, value in config.items() if key != "_name_or_path"},
+            )
+        )
     (with_logits, with_state), (without_logits, without_state) = saved[0][0], saved[1][0]
     assert torch.equal(with_logits, without_logits)
     assert with_state.keys() == without_state.keys()
@@ -210,15 +237,24 @@ torch.save([logits.detach(), dict(model.named_parameters())], {str(output / "sta
     assert saved[0][1] == saved[1][1] and saved[0][3] == saved[1][3]
 
 
-@pytest.mark.parametrize("options,message", [
-    (dict(mm_vision_select_layer="3,99"), "mm_vision_select_layer=3,99: layer 99 does not exist; this vision tower has 8 blocks"),
-    (dict(mm_vision_select_layer="7,3"), "not in order"), (dict(mm_vision_select_layer="3;7"), "is not a list of layers"),
-    (dict(mm_fuser_layers="7"), "mm_fuser_layers=7 names 1 layer"), (dict(mm_fuser_layers="3,3,7"), "names a layer twice"),
-    (dict(mm_fuser_num_heads="5"), "mm_fuser_num_heads=5 does not divide the feature width 64"),
-    (dict(mm_fuser_num_points="0"), "mm_fuser_num_points=0"), (dict(mm_fuser_attention="sparse"), "mm_fuser_attention='sparse'"),
-    (dict(mm_fuser_projector="mlp"), "mm_fuser_projector='mlp'"),
-    (dict(mm_projector_type="mlp2x_gelu", mm_fuser_num_heads=4), "needs mm_projector_type=mmfuser"),
-])
+@pytest.mark.parametrize(
+    "options,message",
+    [
+        (
+            dict(mm_vision_select_layer="3,99"),
+            "mm_vision_select_layer=3,99: layer 99 does not exist; this vision tower has 8 blocks",
+        ),
+        (dict(mm_vision_select_layer="7,3"), "not in order"),
+        (dict(mm_vision_select_layer="3;7"), "is not a list of layers"),
+        (dict(mm_fuser_layers="7"), "mm_fuser_layers=7 names 1 layer"),
+        (dict(mm_fuser_layers="3,3,7"), "names a layer twice"),
+        (dict(mm_fuser_num_heads="5"), "mm_fuser_num_heads=5 does not divide the feature width 64"),
+        (dict(mm_fuser_num_points="0"), "mm_fuser_num_points=0"),
+        (dict(mm_fuser_attention="sparse"), "mm_fuser_attention='sparse'"),
+        (dict(mm_fuser_projector="mlp"), "mm_fuser_projector='mlp'"),
+        (dict(mm_projector_type="mlp2x_gelu", mm_fuser_num_heads=4), "needs mm_projector_type=mmfuser"),
+    ],
+)
 def test_wrong_flags_fail_before_any_weight_is_read(world, tmp_path, options, message):
     done = host.train(world, tmp_path / "out", check=False, model_name_or_path=tmp_path / "no-such-model", **options)
     assert done.returncode != 0 and message in done.stdout.splitlines()[-1], done.stdout[-2000:]
@@ -232,3 +268,11 @@ def test_layers_on_the_command_line(world, tmp_path, spelling):
     host.run([sys.executable, host.train_py()] + arguments + flag)
     config = json.loads((tmp_path / "llava" / "config.json").read_text())
     assert config["mm_fuser_layers"] == [3, 5, 7] and config["mm_vision_select_layer"] == 7
+
+
+@pytest.mark.deepspeed_cpu
+def test_fuser_initialises_and_trains_under_zero3(world):
+    env = host.environment(
+        DS_ACCELERATOR="cpu", RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT="29555"
+    )
+    host.run([sys.executable, HERE / "zero3_init.py", world], env=env)

@@ -1,4 +1,4 @@
-"""Interchangeable attention kinds. Each takes (query [B, N, C], value [B, L*N, C], grid (H, W)) and returns [B, N, C]."""
+"""Interchangeable attention kinds: (query [B, N, C], value [B, L*N, C], grid (H, W)) -> [B, N, C]."""
 
 from .deformable import DeformableAttention
 

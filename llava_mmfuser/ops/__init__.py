@@ -15,8 +15,13 @@ def select_implementation(device: torch.device) -> str:
     return "embedding_bag" if torch.device(device).type == "cpu" else "reference"
 
 
-def deformable_sampling(value: torch.Tensor, offsets: torch.Tensor, logits: torch.Tensor, grid: Tuple[int, int],
-                        implementation: Optional[str] = None) -> torch.Tensor:
+def deformable_sampling(
+    value: torch.Tensor,
+    offsets: torch.Tensor,
+    logits: torch.Tensor,
+    grid: Tuple[int, int],
+    implementation: Optional[str] = None,
+) -> torch.Tensor:
     """Weighted bilinear samples around each query's own cell (Deformable DETR, arXiv 2010.04159, eq. 3).
 
     Query (row, column) reads level l at pixel ``(column + offset_x, row + offset_y)``, for every head and point, with
@@ -43,12 +48,16 @@ def deformable_sampling(value: torch.Tensor, offsets: torch.Tensor, logits: torc
         raise ValueError(f"implementation={implementation!r} is not known; use {' or '.join(IMPLEMENTATIONS)}")
     queries = grid[0] * grid[1]
     if value.dim() != 4 or offsets.dim() != 6 or offsets.shape[-1] != 2 or logits.shape != offsets.shape[:-1]:
-        raise ValueError(f"value {tuple(value.shape)}, offsets {tuple(offsets.shape)} and logits {tuple(logits.shape)} "
-                         f"must be [B, L*N, heads, D], [B, N, heads, L, P, 2] and [B, N, heads, L, P]")
+        raise ValueError(
+            f"value {tuple(value.shape)}, offsets {tuple(offsets.shape)} and logits {tuple(logits.shape)} "
+            f"must be [B, L*N, heads, D], [B, N, heads, L, P, 2] and [B, N, heads, L, P]"
+        )
     batch, _, heads, levels, _, _ = offsets.shape
-    if (offsets.shape[1] != queries or tuple(value.shape[:3]) != (batch, levels * queries, heads)):
-        raise ValueError(f"grid={grid} has {queries} cells, which does not fit value {tuple(value.shape)} "
-                         f"and offsets {tuple(offsets.shape)}")
+    if offsets.shape[1] != queries or tuple(value.shape[:3]) != (batch, levels * queries, heads):
+        raise ValueError(
+            f"grid={grid} has {queries} cells, which does not fit value {tuple(value.shape)} "
+            f"and offsets {tuple(offsets.shape)}"
+        )
     dtype = torch.promote_types(value.dtype, torch.float32)
     out = IMPLEMENTATIONS[implementation](value.to(dtype), offsets.to(dtype), logits.to(dtype), grid)
     return out.to(value.dtype)

@@ -10,8 +10,9 @@ import torch.nn.functional as F
 from .reference import cell_positions
 
 
-def deformable_sampling(value: torch.Tensor, offsets: torch.Tensor, logits: torch.Tensor,
-                        grid: Tuple[int, int]) -> torch.Tensor:
+def deformable_sampling(
+    value: torch.Tensor, offsets: torch.Tensor, logits: torch.Tensor, grid: Tuple[int, int]
+) -> torch.Tensor:
     """See `llava_mmfuser.ops.deformable_sampling`; float32 or float64 only."""
     height, width = grid
     batch, queries, heads, levels, points, _ = offsets.shape
@@ -32,8 +33,9 @@ def deformable_sampling(value: torch.Tensor, offsets: torch.Tensor, logits: torc
         index[..., corner] = first_row + (y * width + x).to(index.dtype) * heads
         corner_weights.append(weights * x_weight * y_weight)
     bags = batch * queries * heads
-    out = F.embedding_bag(index.view(bags, -1), table, mode="sum",
-                          per_sample_weights=torch.stack(corner_weights, -1).view(bags, -1))
+    out = F.embedding_bag(
+        index.view(bags, -1), table, mode="sum", per_sample_weights=torch.stack(corner_weights, -1).view(bags, -1)
+    )
     return out.view(batch, queries, -1)  # [B, N, heads*D]
 
 

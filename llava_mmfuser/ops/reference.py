@@ -6,8 +6,9 @@ import torch
 import torch.nn.functional as F
 
 
-def deformable_sampling(value: torch.Tensor, offsets: torch.Tensor, logits: torch.Tensor,
-                        grid: Tuple[int, int]) -> torch.Tensor:
+def deformable_sampling(
+    value: torch.Tensor, offsets: torch.Tensor, logits: torch.Tensor, grid: Tuple[int, int]
+) -> torch.Tensor:
     """See `llava_mmfuser.ops.deformable_sampling`; float32 or float64 only."""
     height, width = grid
     batch, queries, heads, levels, points, _ = offsets.shape

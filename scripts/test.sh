@@ -1,0 +1,50 @@
+#!/bin/bash
+# Runs the tests inside real LLaVA installations: a current stack, then the versions LLaVA itself pins.
+#   bash scripts/test.sh [new|pinned|all] [pytest arguments …]      default: all
+# Environments are made below $TEST_ENVS (default .test) and reused while their requirements stay the same.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+stack=all
+case "${1:-}" in new | pinned | all) stack=$1 && shift ;; esac
+envs=${TEST_ENVS:-.test}
+python=${PYTHON:-python3}
+llava=llava-torch==1.2.2.post1
+common="transformers==4.37.2 tokenizers==0.15.1 numpy<2 sentencepiece einops pillow requests scikit-learn scikit-image
+        matplotlib pytest setuptools<81 wheel"
+new="torch==2.13.0 accelerate==0.34.2 peft<0.12 deepspeed==0.16.9 ruff $common"
+pinned="torch==2.1.2 accelerate==0.21.0 peft==0.10.0 deepspeed==0.12.6 $common"
+
+if [ "$stack" != pinned ] && ! command -v numactl >/dev/null && command -v apt-get >/dev/null; then
+    echo "== numactl (DeepSpeed's launcher asks for it on a CPU)"
+    (apt-get update -qq && apt-get install -qq -y numactl) >/dev/null || echo "not installed; the DeepSpeed test may fail"
+fi
+
+prepare() { # name, requirements
+    local env=$envs/$1
+    if [ "$(cat "$env/requirements" 2>/dev/null)" = "$2" ]; then
+        return
+    fi
+    echo "== $1: making $env (a few minutes, once)"
+    rm -rf "$env"
+    "$python" -m venv "$env"
+    "$env/bin/pip" install --quiet --disable-pip-version-check $2
+    "$env/bin/pip" install --quiet --disable-pip-version-check --no-deps $llava
+    printf '%s' "$2" >"$env/requirements"
+}
+
+run() { # name, requirements, pytest arguments
+    local name=$1 requirements=$2
+    shift 2
+    prepare "$name" "$requirements"
+    "$envs/$name/bin/pip" install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
+    if [ -x "$envs/$name/bin/ruff" ]; then
+        "$envs/$name/bin/ruff" check --quiet --line-length 120 --target-version py38 --select E,F,W,I,B \
+            llava_mmfuser scripts tests setup.py
+    fi
+    echo "== $name: tests"
+    "$envs/$name/bin/python" -m pytest -p no:cacheprovider -ra --durations=5 "$@" tests
+}
+
+if [ "$stack" != pinned ]; then run new "$new" "$@"; fi
+if [ "$stack" != new ]; then run pinned "$pinned" "$@"; fi

@@ -1,0 +1,230 @@
+"""Installing, the import hook, drifted LLaVAs, and the command line."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import host
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+SHOW_HOOK = (
+    "import sys; print(sorted(m for m in sys.modules if m.startswith(('llava', 'torch', 'transformers'))), "
+    "[type(f).__module__ for f in sys.meta_path if 'mmfuser' in type(f).__module__])"
+)
+HOOKED = "['llava_mmfuser', 'llava_mmfuser.activation'] ['llava_mmfuser.activation']"
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    """A clean copy of the repository, so that building leaves nothing in it."""
+    folder = tmp_path_factory.mktemp("source") / "repository"
+    shutil.copytree(
+        ROOT, folder, ignore=shutil.ignore_patterns(".git", ".demo", ".test", "build", "*.egg-info", "__pycache__")
+    )
+    return folder
+
+
+def site_packages(environment):
+    return next((environment / "lib").glob("python*")) / "site-packages"
+
+
+def files(environment):
+    return {
+        str(path.relative_to(environment))
+        for path in site_packages(environment).rglob("*")
+        if "__pycache__" not in path.parts
+    }
+
+
+@pytest.mark.parametrize("how", [[], ["--editable"]], ids=["regular", "editable"])
+def test_installing_adds_one_package_and_uninstalling_leaves_nothing(source, tmp_path, how):
+    environment = tmp_path / "env"
+    host.run([sys.executable, "-m", "venv", environment])
+    python = environment / "bin" / "python"
+    pip = [python, "-m", "pip", "--disable-pip-version-check"]
+    before, frozen = files(environment), host.run(pip + ["freeze", "--all"]).stdout.split()
+    host.run(pip + ["install", "--quiet"] + how + [source])
+    added = [line for line in host.run(pip + ["freeze", "--all"]).stdout.splitlines() if line not in frozen]
+    added = [line for line in added if not line.startswith("#")]
+    assert len(added) == 1 and ("llava-mmfuser" in added[0] or str(source) in added[0]), added
+    assert (site_packages(environment) / "llava_mmfuser.pth").read_text().count("\n") == 1
+
+    for options in ([], ["-I"]):
+        assert host.run([python] + options + ["-c", SHOW_HOOK]).stdout.strip() == HOOKED
+    assert host.run([python, "-S", "-c", SHOW_HOOK]).stdout.strip() == "[] []"
+    disabled = host.run([python, "-c", SHOW_HOOK], env=host.environment(LLAVA_MMFUSER_DISABLE="1")).stdout.strip()
+    assert disabled == HOOKED.split("] [")[0] + "] []"
+
+    host.run(pip + ["uninstall", "--quiet", "--yes", "llava-mmfuser"])
+    assert files(environment) == before
+    assert host.run([python, "-c", SHOW_HOOK]).stdout.strip() == "[] []"
+
+
+@pytest.mark.parametrize("method", ["fork", "spawn", "forkserver"])
+def test_worker_processes_have_the_hook(tmp_path, method):
+    script = tmp_path / "workers.py"
+    script.write_text(f"""
+import multiprocessing, sys
+def hooked(_):
+    return any("mmfuser" in type(finder).__module__ for finder in sys.meta_path)
+if __name__ == "__main__":
+    with multiprocessing.get_context({method!r}).Pool(1) as pool:
+        assert pool.map(hooked, [0]) == [True]
+""")
+    host.run([sys.executable, script])
+
+
+LATE = """
+import llava.model.llava_arch as arch
+from llava.model.multimodal_encoder.clip_encoder import CLIPVisionTower
+from transformers import HfArgumentParser, PreTrainedModel
+import llava_mmfuser
+def symbols():
+    return [arch.build_vision_projector, arch.LlavaMetaModel.initialize_vision_modules, CLIPVisionTower.__init__,
+            CLIPVisionTower.forward, CLIPVisionTower.feature_select, HfArgumentParser.__init__,
+            PreTrainedModel._initialize_weights, PreTrainedModel.__dict__["_load_pretrained_model"]]
+untouched = symbols()
+assert not any(hasattr(symbol, "__wrapped__") and "mmfuser" in symbol.__code__.co_filename for symbol in untouched[:3])
+llava_mmfuser.activate()
+patched = symbols()
+assert all(a is not b for a, b in zip(untouched, patched))
+llava_mmfuser.activate()
+assert symbols() == patched, "activating twice changes nothing"
+assert llava_mmfuser.status()["active"]
+llava_mmfuser.deactivate()
+assert all(a is b for a, b in zip(untouched, symbols())), "the very same objects are back"
+assert not llava_mmfuser.status()["active"]
+llava_mmfuser.activate()
+assert llava_mmfuser.status()["active"]
+"""
+
+
+def test_patches_apply_late_are_idempotent_and_revert():
+    host.python(LATE, env=host.environment(LLAVA_MMFUSER_DISABLE="1"))
+
+
+@pytest.fixture
+def drifted(tmp_path):
+    """Makes a copy of the real LLaVA with one text replaced in one of its files."""
+
+    def make(file, old, new):
+        folder = tmp_path / "drifted"
+        shutil.copytree(host.train_py().parent.parent, folder / "llava")
+        path = folder / "llava" / file
+        text = path.read_text()
+        assert old in text
+        path.write_text(text.replace(old, new))
+        return host.environment(PYTHONPATH=str(folder)), folder
+
+    return make
+
+
+CLIP, BUILDER = "model/multimodal_encoder/clip_encoder.py", "model/multimodal_projector/builder.py"
+
+
+@pytest.mark.parametrize(
+    "file,old,new,target,state,detail",
+    [
+        (CLIP, "feature_select", "select_features", "CLIPVisionTower.feature_select", "missing", "not found"),
+        (
+            CLIP,
+            "def forward(self, images)",
+            "def forward(self, pixels, images=None)",
+            "CLIPVisionTower.forward",
+            "changed",
+            "expected parameters (self, images), found (self, pixels, images)",
+        ),
+        (
+            BUILDER,
+            "(config, delay_load=False, **kwargs)",
+            "(config, **kwargs)",
+            "builder:build_vision_projector",
+            "changed",
+            "expected parameters (config, delay_load, kwargs), found (config, kwargs)",
+        ),
+    ],
+)
+def test_drifted_llava_is_left_alone_and_says_why(drifted, file, old, new, target, state, detail):
+    env, folder = drifted(file, old, new)
+    code = """
+from types import SimpleNamespace
+from llava.model.multimodal_projector.builder import build_vision_projector
+from llava.model.multimodal_encoder.clip_encoder import CLIPVisionTower
+settings = dict(mm_hidden_size=8, hidden_size=8, mm_vision_select_layer=-2)
+print(type(build_vision_projector(SimpleNamespace(mm_projector_type="mlp2x_gelu", **settings))).__name__)
+assert "mmfuser" not in CLIPVisionTower.__init__.__code__.co_filename, "all or nothing"
+build_vision_projector(SimpleNamespace(mm_projector_type="mmfuser", **settings))
+"""
+    done = host.python(code, env=env, check=False)
+    assert done.returncode == 1 and "Sequential" in done.stdout
+    for line in (done.stdout.splitlines()[0], done.stdout.splitlines()[-1]):
+        assert target in line and detail in line and str(folder) in line and "llava_mmfuser status" in line, done.stdout
+    report = host.run([sys.executable, "-m", "llava_mmfuser", "status"], env=env, check=False)
+    assert report.returncode == 1 and "active: no" in report.stdout
+    assert any(line.split()[0] == state and target in line for line in report.stdout.splitlines() if line.strip())
+
+
+def test_status_shows_every_target_and_where_llava_is():
+    from llava_mmfuser.llava_patch import PATCHES
+
+    report = host.run([sys.executable, "-m", "llava_mmfuser", "status"]).stdout
+    assert "active: yes" in report and f"llava: {host.train_py().parent.parent}" in report
+    assert "cpu: embedding_bag" in report and "transformers: 4.37.2" in report
+    for row in PATCHES:
+        assert any(line.split()[:2] == ["ok", row.target] for line in report.splitlines() if line.strip()), row.target
+
+
+def test_status_without_llava(source, tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-S", "-m", "llava_mmfuser", "status"],
+        cwd=source,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    )
+    assert done.returncode == 1 and "torch" in done.stdout.splitlines()[-1], "no torch under -S: says what is missing"
+
+
+def test_run_takes_scripts_and_modules_where_the_hook_is_off(tmp_path):
+    env = host.environment(LLAVA_MMFUSER_DISABLE="1", PYTHONPATH=str(tmp_path))
+    script = tmp_path / "my_script.py"
+    script.write_text("""
+import sys
+from types import SimpleNamespace
+from llava.model.multimodal_projector.builder import build_vision_projector
+config = SimpleNamespace(mm_projector_type="mmfuser", mm_hidden_size=32, hidden_size=8, mm_vision_select_layer=-2)
+print(__name__, sys.argv[1:], type(build_vision_projector(config)).__name__)
+""")
+    for target in (script, "my_script"):
+        done = host.run([sys.executable, "-m", "llava_mmfuser", "run", target, "--flag", "value"], env=env)
+        assert done.stdout.splitlines()[-1] == "__main__ ['--flag', 'value'] MMFuserProjector"
+    done = host.run([sys.executable, script], env=env, check=False)
+    assert done.stdout.splitlines()[-1] == "ValueError: Unknown projector type: mmfuser"
+
+
+def test_source_patch_does_what_the_hook_does(world, tmp_path):
+    """patches/: the real sources, patched; the automatic hook off. Training is bit-equal to the hook's."""
+    import torch
+    from test_training import SEEDED
+
+    folder = tmp_path / "vendored"
+    shutil.copytree(host.train_py().parent.parent, folder / "llava")
+    patch = next((ROOT / "patches").glob("*.patch"))
+    host.run(
+        ["git", "apply", "--verbose", patch], cwd=folder, env=dict(os.environ, GIT_CEILING_DIRECTORIES=str(tmp_path))
+    )
+    launcher = [sys.executable, "-c", SEEDED]
+    vendored = host.environment(LLAVA_MMFUSER_DISABLE="1", PYTHONPATH=str(folder))
+    done = host.train(world, tmp_path / "patched", launcher=launcher, env=vendored)
+    assert "fuser weights: fresh" in done.stdout
+    host.train(world, tmp_path / "hooked", launcher=launcher)
+    patched, hooked = (torch.load(tmp_path / name / "mm_projector.bin") for name in ("patched", "hooked"))
+    assert patched.keys() == hooked.keys() and all(torch.equal(value, hooked[name]) for name, value in patched.items())
+    host.run(
+        ["git", "apply", "--reverse", patch], cwd=folder, env=dict(os.environ, GIT_CEILING_DIRECTORIES=str(tmp_path))
+    )
+    done = host.train(world, tmp_path / "unpatched", env=vendored, check=False)
+    assert "Unknown projector type: mmfuser" in done.stdout
