@@ -234,7 +234,8 @@ def with_fuser_flags(arguments: type, check: Callable[[Any], None]) -> type:
             field(
                 default=select_layer.default,
                 metadata={
-                    "help": f"hidden_states index of the vision tower, or with mm_projector_type=mmfuser a list: {SPELLINGS}"
+                    "help": f"hidden_states index of the vision tower; under mm_projector_type=mmfuser also a list: "
+                    f"{SPELLINGS}"
                 },
             ),
         ),

@@ -187,7 +187,7 @@ PATCHES = (
         "transformers.models.clip.modeling_clip:CLIPEncoderLayer.forward",
         None,
         ("self", "hidden_states", "attention_mask", "causal_attention_mask"),
-        "called block by block",
+        "not replaced, but its blocks are called one by one",
     ),
 )
 
