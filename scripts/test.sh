@@ -39,8 +39,7 @@ run() { # name, requirements, pytest arguments
     prepare "$name" "$requirements"
     "$envs/$name/bin/pip" install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
     if [ -x "$envs/$name/bin/ruff" ]; then
-        "$envs/$name/bin/ruff" check --quiet --line-length 120 --target-version py38 --select E,F,W,I,B \
-            llava_mmfuser scripts tests setup.py
+        "$envs/$name/bin/ruff" check --quiet llava_mmfuser scripts tests setup.py
     fi
     echo "== $name: tests"
     "$envs/$name/bin/python" -m pytest -p no:cacheprovider -ra --durations=5 "$@" tests
