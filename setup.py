@@ -7,7 +7,8 @@ from setuptools.command.build_py import build_py
 
 HERE = Path(__file__).parent
 PTH = "llava_mmfuser.pth"
-PTH_LINE = "import llava_mmfuser.activation; llava_mmfuser.activation.install()\n"
+# Quiet where the package is gone but the line is not, as after deleting the clone of an editable install.
+PTH_LINE = "import sys; exec('try:\\n import llava_mmfuser.activation as a; a.install()\\nexcept ImportError: pass')\n"
 
 
 class BuildPyWithHook(build_py):

@@ -32,8 +32,11 @@ def _run(target: str, arguments: List[str]) -> int:
 
 
 def _status() -> int:
-    from .llava_patch import status
-
+    try:
+        from .llava_patch import status
+    except ImportError as error:
+        sys.stdout.write(f"active: no, {error}; this is the environment {sys.prefix}\n")
+        return 1
     found = status()
     lines = [
         f"active: {'yes' if found['active'] else 'no, ' + found['reason']}",

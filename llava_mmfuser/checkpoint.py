@@ -1,6 +1,6 @@
 """Names of weights in adapters and checkpoints: LLaVA's, ours and the authors'."""
 
-from typing import Any, Dict, Iterable
+from typing import Any, Dict, Iterable, List
 
 # The authors' `mm_projector` is Sequential(fuser, Linear, GELU, Linear); ours keeps the MLP at LLaVA's own 0 and 2.
 _MLP = {"1.weight": "0.weight", "1.bias": "0.bias", "3.weight": "2.weight", "3.bias": "2.bias"}
@@ -22,22 +22,13 @@ def rename_published(state_dict: Dict[str, Any], prefix: str = "") -> None:
             state_dict[prefix + ours] = state_dict.pop(prefix + theirs)
 
 
-def describe_weights(source: Any, loaded_keys: Iterable[str], projector: Any) -> str:
-    """Where the fuser's weights came from and how many of its tensors were there, for the log.
+def missing_fuser_keys(loaded_keys: Iterable[str], projector: Any) -> List[str]:
+    """Names of the fuser's parameters that a checkpoint of a whole model lacks, sorted.
 
     Args:
-        source: path or name that was loaded.
-        loaded_keys: names of the tensors in it.
+        loaded_keys: names of the tensors in the checkpoint.
         projector: the `MMFuserProjector` that was loaded.
     """
-    names = {name for name, _ in projector.fuser.named_parameters()}
     prefix = "mm_projector.fuser."
-    missing = names - {key.split(prefix)[1] for key in loaded_keys if prefix in key}
-    if not missing:
-        return f"all {len(names)} tensors from {source}"
-    if missing == names:
-        return f"none of {len(names)} tensors is in {source}; starts as identity unless an adapter follows"
-    return (
-        f"WARNING: {len(missing)} of {len(names)} tensors are not in {source} and start as a fresh fuser's: "
-        f"{', '.join(sorted(missing))}"
-    )
+    there = {key.split(prefix)[1] for key in loaded_keys if prefix in key}
+    return sorted(name for name, _ in projector.fuser.named_parameters() if name not in there)

@@ -160,14 +160,16 @@ class MMFuserConfig:
         """Number of feature maps: those that are listed, or `NUM_UNIFORM_LAYERS` where only the query is given."""
         return NUM_UNIFORM_LAYERS if isinstance(self.layers, int) else len(self.layers)
 
-    def resolve(self, vision_config: Any) -> "MMFuserConfig":
+    def resolve(self, vision_config: Any, setting: str = "mm_fuser_layers") -> "MMFuserConfig":
         """Check the settings against a CLIP vision config and return them with explicit, non-negative layers.
+
+        `setting` is the name that the layers were given under, for error messages; see `layers_setting`.
 
         Raises:
             ValueError: layers that the tower does not have, or heads that do not divide its width.
         """
         check_num_heads(vision_config.hidden_size, self.num_heads)
-        layers = resolve_layers(self.layers, vision_config.num_hidden_layers)
+        layers = resolve_layers(self.layers, vision_config.num_hidden_layers, setting)
         return dataclasses.replace(self, layers=layers)
 
     @classmethod
@@ -204,13 +206,19 @@ def check_num_heads(hidden_size: int, num_heads: int) -> None:
         )
 
 
+def layers_setting(source: Any) -> str:
+    """The setting that names the layers in `source`: ``mm_fuser_layers`` if given, else ``mm_vision_select_layer``."""
+    return "mm_vision_select_layer" if getattr(source, "mm_fuser_layers", None) is None else "mm_fuser_layers"
+
+
 def explicit_settings(source: Any) -> Dict[str, Any]:
     """The ``mm_fuser_*`` settings that the user gave, without the prefix; layers also from a listed select layer."""
     given = {f.name: getattr(source, FLAG_PREFIX + f.name, None) for f in dataclasses.fields(MMFuserConfig)}
-    if given["layers"] is None:
-        select_layer = parse_layers(getattr(source, "mm_vision_select_layer", -2))
+    select_layer = getattr(source, "mm_vision_select_layer", None)
+    if given["layers"] is None and select_layer is not None:
+        select_layer = parse_layers(select_layer)
         given["layers"] = None if isinstance(select_layer, int) else select_layer
-    else:
+    elif given["layers"] is not None:
         given["layers"] = parse_listed_layers(given["layers"])
     return {name: value for name, value in given.items() if value is not None}
 
@@ -270,11 +278,9 @@ def check_arguments(arguments: Any) -> None:
     given = explicit_settings(arguments)
     if arguments.mm_projector_type != PROJECTOR_TYPE:
         if given:
-            names = ", ".join(
-                "mm_vision_select_layer=" + _spell(given[n]) if n == "layers" else FLAG_PREFIX + n for n in given
-            )
+            names = ", ".join(layers_setting(arguments) if name == "layers" else FLAG_PREFIX + name for name in given)
             raise ValueError(
-                f"{names} needs mm_projector_type={PROJECTOR_TYPE}, but it is "
+                f"{names} was given, which needs mm_projector_type={PROJECTOR_TYPE}, but it is "
                 f"{arguments.mm_projector_type!r}; add --mm_projector_type {PROJECTOR_TYPE} or drop the setting"
             )
         return

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from .attention import ATTENTION
-from .config import ATTENTION_KINDS, check_num_heads
+from .config import MMFuserConfig, check_num_heads
 from .resettable import Gate, LayerNorm
 
 # authors' name -> ours; every other name is the same (paper.md lists them)
@@ -55,12 +55,7 @@ class MMFuser(nn.Module):
         super().__init__()
         if num_layers < 2:
             raise ValueError(f"num_layers={num_layers} is not allowed; a fuser needs at least 2 feature maps")
-        if num_heads < 1:
-            raise ValueError(f"mm_fuser_num_heads={num_heads} is not allowed; use a whole number of at least 1")
-        if num_points < 1:
-            raise ValueError(f"mm_fuser_num_points={num_points} is not allowed; use a whole number of at least 1")
-        if attention not in ATTENTION:
-            raise ValueError(f"mm_fuser_attention={attention!r} is not allowed; use {' or '.join(ATTENTION_KINDS)}")
+        MMFuserConfig(num_heads=num_heads, num_points=num_points, attention=attention, self_attention=self_attention)
         check_num_heads(hidden_size, num_heads)
         self.hidden_size, self.num_layers = hidden_size, num_layers
         kind = ATTENTION[attention]
@@ -105,8 +100,8 @@ class MMFuser(nn.Module):
         fused = self.cross_attn(self.query_norm(query), values, grid)
         if self.self_attention:
             normed = self.self_norm(fused)
-            fused = fused + self.self_gate(self.self_attn(normed, normed, grid))
-        return query + self.cross_gate(fused).to(query.dtype)
+            fused = fused + self.self_gate(self.self_attn(normed, normed, grid)).to(fused)
+        return query + self.cross_gate(fused).to(query)
 
     def _load_from_state_dict(self, state_dict: Dict[str, Any], prefix: str, *args: Any) -> None:
         if prefix == "" and not any(key.split(".")[0] in self._modules for key in state_dict):

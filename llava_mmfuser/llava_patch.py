@@ -12,15 +12,23 @@ import inspect
 import logging
 import os
 import sys
-from typing import Any, Callable, Dict, List, NamedTuple, Optional, Tuple
+from typing import Any, Callable, Dict, List, NamedTuple, Optional, Sequence, Tuple
 
 from . import activation
-from .checkpoint import describe_weights
-from .config import PROJECTOR_TYPE, MMFuserConfig, check_arguments, explicit_settings, resolve_layers, with_fuser_flags
+from .checkpoint import missing_fuser_keys
+from .config import (
+    PROJECTOR_TYPE,
+    MMFuserConfig,
+    check_arguments,
+    explicit_settings,
+    layers_setting,
+    resolve_layers,
+    with_fuser_flags,
+)
 from .ops import select_implementation
 from .projector import MMFuserProjector
 from .resettable import Resettable, materialize
-from .vision import capture_layers, concat_layers
+from .vision import SELECT_FEATURES, capture_layers, concat_layers
 
 logger = logging.getLogger("llava_mmfuser")
 _CLIP_TYPES = ("clip", "clip_vision_model")
@@ -74,48 +82,50 @@ def _initialize_vision_modules(original, self, model_args, fsdp=None):
         _refuse_layer_list(model_args)
         return original(self, model_args, fsdp=fsdp)
 
+    tower = self.get_vision_tower()
     if fused:
-        settings, weights = _kept_settings(self, model_args), "kept from the checkpoint"
+        settings, source = _kept_settings(self, model_args), "the checkpoint"
     else:
-        settings, weights = _resolve(model_args, model_args.vision_tower), "fresh, starts as identity"
+        settings, source = _resolve(model_args, tower.vision_tower_name if tower else model_args.vision_tower), None
         if projector is not None:
             settings = _existing_projector_settings(self.config, model_args, settings)
-            self.mm_projector = _put_fuser_in_front(projector, settings, self.get_vision_tower())
+            self.mm_projector = _put_fuser_in_front(projector, settings, tower)
     self.config.update(settings.to_llava())
     original(self, model_args, fsdp=fsdp)
     query = model_args.mm_vision_select_layer
     tower_config = self.get_vision_tower().config
     if not isinstance(query, int) or query % (tower_config.num_hidden_layers + 1) != settings.layers[-1]:
         self.config.mm_vision_select_layer = settings.layers[-1]
-    if model_args.pretrain_mm_mlp_adapter is not None:
-        weights = f"from {model_args.pretrain_mm_mlp_adapter}"
-    _report(self.mm_projector, settings, weights)
+    _report(self.mm_projector, settings, model_args.pretrain_mm_mlp_adapter or source)
 
 
-def _initialize_weights(original, self, module):
+def _initialize_weights(original, self, module, *args, **kwargs):
     """Parameters that a checkpoint lacked, and models made without one: the fuser's modules know their own values."""
     if isinstance(module, Resettable) and not getattr(module, "_is_hf_initialized", False):
         module.reset_parameters()
         module._is_hf_initialized = True
     else:
-        original(self, module)
+        original(self, module, *args, **kwargs)
 
 
-def _load_pretrained_weights(original, model, state_dict, loaded_keys, resolved_archive_file, source, *args, **kwargs):
-    loaded = original(model, state_dict, loaded_keys, resolved_archive_file, source, *args, **kwargs)
-    for projector in model.modules():
+def _load_pretrained_weights(original, *args, **kwargs):
+    loaded = original(*args, **kwargs)
+    given = inspect.signature(original).bind(*args, **kwargs).arguments
+    for projector in given["model"].modules():
         if isinstance(projector, MMFuserProjector):
             # With low_cpu_mem_usage=True and no device_map, transformers 4.37 takes missing tensors of equal size for
             # tied ones and leaves them on the meta device.
             materialize(projector)
-            _report(projector, MMFuserConfig.from_llava(model.config), describe_weights(source, loaded_keys, projector))
+            settings = MMFuserConfig.from_llava(given["model"].config)
+            missing = missing_fuser_keys(given["loaded_keys"], projector)
+            _report(projector, settings, given["pretrained_model_name_or_path"], missing)
     return loaded
 
 
-def _parser_init(original, self, dataclass_types, **kwargs):
+def _parser_init(original, self, dataclass_types, *args, **kwargs):
     single = dataclasses.is_dataclass(dataclass_types)
     extended = [_with_flags(kind) for kind in ([dataclass_types] if single else dataclass_types)]
-    original(self, extended[0] if single else extended, **kwargs)
+    original(self, extended[0] if single else extended, *args, **kwargs)
 
 
 class Patch(NamedTuple):
@@ -280,9 +290,11 @@ def _check_row(row: Patch) -> Tuple[str, str]:
         parameters = parameters[1:]
     if parameters[: len(row.parameters)] != row.parameters:
         return "changed", f"expected parameters ({', '.join(row.parameters)}), found ({', '.join(parameters)})"
-    return "ok", "patched" if row.target in _originals else (
-        "relied upon" if row.replacement is None else "not patched"
-    )
+    if row.replacement is None:
+        return "ok", "relied upon"
+    if row.target not in _originals:
+        return "ok", "not patched"
+    return "ok", "patched" if _refusal is None else "refuses mmfuser"
 
 
 def _owner(target: str) -> Tuple[Any, str]:
@@ -314,13 +326,16 @@ def _replace(target: str, replacement: Callable) -> None:
 
 
 def _refuse_mmfuser(reason: str) -> None:
-    def refuse(original, config, *args, **kwargs):
-        if getattr(config, "mm_projector_type", None) == PROJECTOR_TYPE:
+    """Make everything of LLaVA that still exists and reads ``mm_projector_type`` raise the reason for ``mmfuser``."""
+
+    def refuse(original, *args, **kwargs):
+        if any(getattr(value, "mm_projector_type", None) == PROJECTOR_TYPE for value in (*args, *kwargs.values())):
             raise RuntimeError(reason)
-        return original(config, *args, **kwargs)
+        return original(*args, **kwargs)
 
     for row in PATCHES:
-        if row.replacement is _build_vision_projector and _check_row(row)[0] != "missing":
+        reads_type = row.replacement in (_tower_init, _build_vision_projector, _initialize_vision_modules)
+        if reads_type and _check_row(row)[0] != "missing":
             _replace(row.target, refuse)
 
 
@@ -336,7 +351,12 @@ def _resolve(args: Any, vision_tower: str) -> MMFuserConfig:
             f"vision_tower={vision_tower!r} has model_type={model_type!r}, but mm_projector_type="
             f"{PROJECTOR_TYPE} needs a CLIP tower, such as openai/clip-vit-large-patch14-336"
         )
-    return MMFuserConfig.from_llava(args).resolve(CLIPVisionConfig.from_pretrained(vision_tower))
+    select_feature = getattr(args, "mm_vision_select_feature", SELECT_FEATURES[0])
+    if select_feature not in SELECT_FEATURES:
+        allowed = " or ".join(SELECT_FEATURES)
+        raise ValueError(f"mm_vision_select_feature={select_feature!r} is not allowed; use {allowed}")
+    vision_config = CLIPVisionConfig.from_pretrained(vision_tower)
+    return MMFuserConfig.from_llava(args).resolve(vision_config, layers_setting(args))
 
 
 @functools.lru_cache(maxsize=None)
@@ -366,7 +386,7 @@ def _refuse_layer_list(args: Any) -> None:
 
 def _kept_settings(model: Any, model_args: Any) -> MMFuserConfig:
     """The checkpoint's own settings; the script may repeat them, not change them."""
-    kept = MMFuserConfig.from_llava(model.config)
+    kept = MMFuserConfig.from_llava(model.config).resolve(model.get_vision_tower().config)
     given = explicit_settings(model_args)
     if not isinstance(given.get("layers", -2), int):
         given["layers"] = resolve_layers(given["layers"], model.get_vision_tower().config.num_hidden_layers)
@@ -397,11 +417,20 @@ def _put_fuser_in_front(projector: Any, settings: MMFuserConfig, tower: Any) -> 
     return fused
 
 
-def _report(projector: MMFuserProjector, settings: MMFuserConfig, weights: str) -> None:
-    if int(os.environ.get("RANK", "0")):
-        return
+def _report(projector: MMFuserProjector, settings: MMFuserConfig, source: Any, missing: Sequence[str] = ()) -> None:
+    """One line: layers, attention, implementation, where the weights came from (None: nowhere), how many were there."""
     device = projector.fuser.query_norm.weight.device
-    logger.info(
+    total = sum(1 for _ in projector.fuser.parameters())
+    if source is None:
+        weights = "fresh, starts as identity"
+    elif not missing:
+        weights = f"from {source}"
+    elif len(missing) == total:
+        weights = f"none of {total} tensors is in {source}; starts as identity unless an adapter follows"
+    else:
+        weights = f"{total - len(missing)} of {total} tensors from {source}, fresh: {', '.join(missing)}"
+    logger.log(
+        logging.WARNING if missing else logging.INFO,
         "hidden_states %s -> %s attention%s, %d heads x %d points (%s on %s) -> %s; fuser weights: %s",
         ",".join(map(str, settings.layers)) if isinstance(settings.layers, tuple) else settings.layers,
         settings.attention,
@@ -416,10 +445,11 @@ def _report(projector: MMFuserProjector, settings: MMFuserConfig, weights: str) 
 
 
 def _log_to_stderr() -> None:
-    """One line per event on stderr, unless the application configured this logger itself."""
+    """One line per event on stderr of rank 0, unless the application configured this logger itself."""
     if not logger.handlers and logger.level == logging.NOTSET:
         handler = logging.StreamHandler()
-        handler.setFormatter(logging.Formatter("%(name)s: %(message)s"))
+        handler.setFormatter(logging.Formatter("%(name)s: %(levelname)s: %(message)s"))
+        handler.addFilter(lambda record: os.environ.get("RANK", "0") == "0")
         logger.addHandler(handler)
         logger.setLevel(logging.INFO)
         logger.propagate = False

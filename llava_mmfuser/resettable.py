@@ -90,11 +90,17 @@ class Gate(Resettable, nn.Module):
 
 
 def materialize(module: nn.Module) -> None:
-    """Give every `Resettable` below `module` that has parameters on the meta device initial ones on the CPU."""
+    """Give parameters of `Resettable`s below `module` that are on the meta device their initial values on the CPU."""
     for leaf in module.modules():
         if isinstance(leaf, Resettable) and any(parameter.is_meta for parameter in leaf.parameters(recurse=False)):
+            loaded = {}
             for name, parameter in list(leaf.named_parameters(recurse=False)):
                 if parameter.is_meta:
                     value = torch.empty_like(parameter, device="cpu")
                     setattr(leaf, name, nn.Parameter(value, requires_grad=parameter.requires_grad))
+                else:
+                    loaded[name] = parameter.detach().clone()
             leaf.reset_parameters()
+            with torch.no_grad():
+                for name, value in loaded.items():
+                    getattr(leaf, name).copy_(value)

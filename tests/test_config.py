@@ -128,3 +128,9 @@ def test_select_layer_is_the_default_query():
     )
     listed = MMFuserConfig.from_llava(SimpleNamespace(mm_vision_select_layer="list-9/-2"))
     assert listed.resolve(VIT_L).layers == (16, 23)
+
+
+def test_select_layer_none_is_left_alone():
+    from llava_mmfuser.config import check_arguments
+
+    check_arguments(SimpleNamespace(mm_projector_type="mlp2x_gelu", mm_vision_select_layer=None))

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import logging
 import shutil
 from types import SimpleNamespace
 
@@ -226,20 +227,59 @@ def poison(tensor):
     return tensor.fill_(float("nan")) if tensor.is_floating_point() and tensor.device.type != "meta" else tensor
 
 
-def test_a_partly_missing_fuser_is_reported_by_name(world, tmp_path, capfd):
+@pytest.mark.parametrize("loading", [{}, {"low_cpu_mem_usage": True}, {"device_map": {"": "cpu"}}], ids=str)
+@pytest.mark.parametrize("name", ["cross_gate.scale", "query_norm.bias", "cross_attn.value_proj.bias"])
+def test_one_missing_tensor_is_named_and_the_others_are_loaded(world, tmp_path, caplog, name, loading):
     from safetensors.torch import load_file, save_file
 
-    model_with(world).save_pretrained(tmp_path)
-    state = load_file(tmp_path / "model.safetensors")
-    del state["model.mm_projector.fuser.cross_gate.scale"]
-    save_file(state, tmp_path / "model.safetensors", metadata={"format": "pt"})
-    code = f"""
-from llava.model import LlavaLlamaForCausalLM
-LlavaLlamaForCausalLM.from_pretrained({str(tmp_path)!r}, low_cpu_mem_usage=True)
-"""
-    import host
+    model = model_with(world)
+    with torch.no_grad():
+        for parameter in model.get_model().mm_projector.parameters():
+            parameter.uniform_(-1, 1)
+    model.save_pretrained(tmp_path)
+    saved = load_file(tmp_path / "model.safetensors")
+    del saved["model.mm_projector.fuser." + name]
+    save_file(saved, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    caplog.clear()
+    logging.getLogger("llava_mmfuser").addHandler(caplog.handler)
+    loaded = LlavaLlamaForCausalLM.from_pretrained(tmp_path, **loading).get_model().mm_projector.fuser.state_dict()
+    logging.getLogger("llava_mmfuser").removeHandler(caplog.handler)
+    (record,) = [record for record in caplog.records if record.name == "llava_mmfuser"]
+    assert record.levelname == "WARNING" and f"23 of 24 tensors from {tmp_path}, fresh: {name}" in record.getMessage()
+    for key, value in loaded.items():
+        expected = saved.get("model.mm_projector.fuser." + key, torch.zeros_like(value))
+        assert torch.equal(value, expected), key
 
-    assert "WARNING: 1 of 24 tensors are not in" in host.python(code).stdout
+
+def test_llavas_own_adapter_loads_and_the_fuser_stays_identity(caplog):
+    plain = build_vision_projector(projector_config(mm_projector_type="mlp2x_gelu"))
+    fused = build_vision_projector(projector_config())
+    logging.getLogger("llava_mmfuser").addHandler(caplog.handler)
+    fused.load_state_dict(plain.state_dict())
+    logging.getLogger("llava_mmfuser").removeHandler(caplog.handler)
+    assert "none of 24 fuser tensors is in this state dict" in caplog.text
+    features = torch.randn(2, 9, 5 * 32)
+    assert torch.equal(fused(features), plain(features[..., -32:]))
+    with pytest.raises(RuntimeError, match="Missing key.*2.bias"):
+        fused.load_state_dict({key: value for key, value in plain.state_dict().items() if key != "2.bias"})
+    partial = {key: value for key, value in fused.state_dict().items() if key != "fuser.cross_gate.scale"}
+    with pytest.raises(RuntimeError, match="Missing key.*fuser.cross_gate.scale"):
+        fused.load_state_dict(partial)
+
+
+def test_published_adapter_loads():
+    source = build_vision_projector(projector_config())
+    with torch.no_grad():
+        for parameter in source.parameters():
+            parameter.uniform_(-1, 1)
+    theirs = {"cross_gate.scale": "gamma1", "self_gate.scale": "gamma2", "self_norm.weight": "norm1.weight"}
+    theirs["self_norm.bias"] = "norm1.bias"
+    published = {"0." + theirs.get(name, name): value for name, value in source.fuser.state_dict().items()}
+    for ours, their in (("0", "1"), ("2", "3")):
+        published.update({f"{their}.{kind}": source.state_dict()[f"{ours}.{kind}"] for kind in ("weight", "bias")})
+    fused = build_vision_projector(projector_config())
+    fused.load_state_dict(published)
+    assert all(torch.equal(value, source.state_dict()[name]) for name, value in fused.state_dict().items())
 
 
 def test_released_checkpoint_answers_identically_after_the_switch(world):
@@ -263,6 +303,22 @@ def test_second_finetune_keeps_layers_and_weights(world):
     model.get_model().initialize_vision_modules(arguments(world, mm_vision_select_layer=-2))
     assert model.get_model().mm_projector.fuser is fuser
     assert model.config.mm_fuser_layers == [1, 4, 7] and model.get_vision_tower().select_layer == [1, 4, 7]
+
+
+def test_second_finetune_of_a_config_without_resolved_layers(world):
+    model = model_with(world, mm_vision_select_layer=(1, 4, 7))
+    model.config.mm_fuser_layers = [-8, -5, -2]
+    model.get_model().initialize_vision_modules(arguments(world, mm_vision_select_layer=(1, 4, 7)))
+    assert model.config.mm_fuser_layers == [1, 4, 7]
+
+
+def test_layers_of_an_existing_model_are_those_of_its_own_tower(world, tmp_path):
+    import tiny_llava
+
+    tiny_llava.make_clip(tmp_path / "deeper", num_hidden_layers=12)
+    model = model_with(world, mm_projector_type="mlp2x_gelu")
+    model.get_model().initialize_vision_modules(arguments(world, vision_tower=str(tmp_path / "deeper")))
+    assert model.config.mm_fuser_layers == [3, 4, 5, 6, 7]
 
 
 @pytest.mark.parametrize(

@@ -84,7 +84,7 @@ def answer(world, path, result, base=""):
 @pytest.mark.fp16_cpu
 def test_full_checkpoint_loads_and_answers(world, folder, finetuned):
     found, log = answer(world, finetuned, folder / "full.pt")
-    assert f"fuser weights: all {len(FUSER_NAMES)} tensors from {finetuned}" in log
+    assert f"fuser weights: from {finetuned}" in log
     assert found["answer"].numel() > 0 and found["logits"].isfinite().all()
 
 
@@ -182,7 +182,7 @@ model = LlavaLlamaForCausalLM.from_pretrained({str(finetune)!r}, low_cpu_mem_usa
 assert all(parameter.isfinite().all() for parameter in model.parameters())
 assert model.get_model().mm_projector.fuser.cross_gate.scale.abs().max() > 0
 """
-    assert f"all {len(FUSER_NAMES)} tensors from {finetune}" in host.python(code).stdout
+    assert f"fuser weights: from {finetune}" in host.python(code).stdout
 
 
 # Upstream draws the projector's initial weights unseeded.
@@ -244,15 +244,18 @@ torch.save([logits.detach(), dict(model.named_parameters())], {str(output / "sta
             dict(mm_vision_select_layer="3,99"),
             "mm_vision_select_layer=3,99: layer 99 does not exist; this vision tower has 8 blocks",
         ),
-        (dict(mm_vision_select_layer="7,3"), "not in order"),
+        (dict(mm_vision_select_layer="7,3"), "mm_vision_select_layer=7,3 is not in order"),
         (dict(mm_vision_select_layer="3;7"), "is not a list of layers"),
         (dict(mm_fuser_layers="7"), "mm_fuser_layers=7 names 1 layer"),
-        (dict(mm_fuser_layers="3,3,7"), "names a layer twice"),
+        (dict(mm_fuser_layers="3,3,7"), "mm_fuser_layers=3,3,7 names a layer twice"),
         (dict(mm_fuser_num_heads="5"), "mm_fuser_num_heads=5 does not divide the feature width 64"),
         (dict(mm_fuser_num_points="0"), "mm_fuser_num_points=0"),
         (dict(mm_fuser_attention="sparse"), "mm_fuser_attention='sparse'"),
         (dict(mm_fuser_projector="mlp"), "mm_fuser_projector='mlp'"),
-        (dict(mm_projector_type="mlp2x_gelu", mm_fuser_num_heads=4), "needs mm_projector_type=mmfuser"),
+        (
+            dict(mm_projector_type="mlp2x_gelu", mm_fuser_num_heads=4),
+            "mm_fuser_num_heads was given, which needs mm_projector_type=mmfuser",
+        ),
     ],
 )
 def test_wrong_flags_fail_before_any_weight_is_read(world, tmp_path, options, message):

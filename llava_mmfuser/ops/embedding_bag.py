@@ -13,7 +13,11 @@ from .reference import cell_positions
 def deformable_sampling(
     value: torch.Tensor, offsets: torch.Tensor, logits: torch.Tensor, grid: Tuple[int, int]
 ) -> torch.Tensor:
-    """See `llava_mmfuser.ops.deformable_sampling`; float32 or float64 only."""
+    """See `llava_mmfuser.ops.deformable_sampling`; float32 or float64 only.
+
+    Corners outside the map are read as border cells with weight 0, so an infinite value may spread NaN further than
+    in the reference.
+    """
     height, width = grid
     batch, queries, heads, levels, points, _ = offsets.shape
     if batch == 0:
@@ -24,7 +28,9 @@ def deformable_sampling(
 
     x_corners = _corners(column.view(-1, 1, 1, 1) + offsets[..., 0], width)
     y_corners = _corners(row.view(-1, 1, 1, 1) + offsets[..., 1], height)
-    index = torch.empty(*logits.shape, 4, dtype=_index_dtype(table), device=value.device)
+    index = torch.empty(
+        *logits.shape, 4, dtype=_index_dtype(max(table.shape[0], 4 * logits.numel())), device=value.device
+    )
     first_row = _first_row_of_map(batch, levels, queries, heads, index)
     corner_weights = []
     for corner in range(4):
@@ -55,8 +61,8 @@ def _corners(position: torch.Tensor, size: int):
     return corners
 
 
-def _index_dtype(table: torch.Tensor) -> torch.dtype:
-    return torch.int32 if table.shape[0] <= torch.iinfo(torch.int32).max else torch.int64
+def _index_dtype(largest: int) -> torch.dtype:
+    return torch.int32 if largest <= torch.iinfo(torch.int32).max else torch.int64
 
 
 def _first_row_of_map(batch: int, levels: int, queries: int, heads: int, like: torch.Tensor) -> torch.Tensor:
