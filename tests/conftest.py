@@ -15,11 +15,13 @@ def pytest_configure(config):
     config.addinivalue_line(
         "markers", "deepspeed_cpu: needs DeepSpeed on the CPU, where 0.12.6 wants Intel's extension"
     )
+    config.addinivalue_line("markers", "gloo_bf16: two ranks on the CPU in bf16")
     config.addinivalue_line("markers", "gpu: needs a CUDA device")
 
 
 def pytest_collection_modifyitems(items):
     reasons = {
+        "gloo_bf16": (TORCH < (2, 2), "gloo in torch 2.1 cannot broadcast bf16, and fp16 does not run on the CPU"),
         "fp16_cpu": (TORCH < (2, 2), "fp16 matrix products on the CPU need torch >= 2.2"),
         "deepspeed_cpu": (TORCH < (2, 2), "DeepSpeed 0.12.6 on the CPU needs intel_extension_for_pytorch"),
         "gpu": (not torch.cuda.is_available(), "no CUDA device"),

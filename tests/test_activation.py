@@ -176,8 +176,9 @@ build_vision_projector(SimpleNamespace(mm_projector_type="mmfuser", **settings))
 """
     done = host.python(code, env=env, check=False)
     assert done.returncode == 1 and "Sequential" in done.stdout
-    lines = done.stdout.splitlines()
-    for line in (lines[0], lines[2], lines[-1]):
+    reasons = [line for line in done.stdout.splitlines() if "llava_mmfuser does not fit this LLaVA" in line]
+    assert len(reasons) == 3, "on import, for an existing projector, for a new one"
+    for line in reasons:
         assert target in line and detail in line and str(folder) in line and "llava_mmfuser status" in line, done.stdout
     report = host.run([sys.executable, "-m", "llava_mmfuser", "status"], env=env, check=False)
     assert report.returncode == 1 and "active: no" in report.stdout

@@ -165,7 +165,10 @@ def launch(world, output, kind, zero2, stage="pretrain", **options):
     )
 
 
-@pytest.mark.parametrize("kind", ["torchrun", pytest.param("deepspeed", marks=pytest.mark.deepspeed_cpu)])
+@pytest.mark.parametrize(
+    "kind",
+    [pytest.param("torchrun", marks=pytest.mark.gloo_bf16), pytest.param("deepspeed", marks=pytest.mark.deepspeed_cpu)],
+)
 def test_two_ranks_train_save_and_finetune(world, folder, zero2, kind):
     pretrain, finetune = folder / f"llava-{kind}-pretrain", folder / f"llava-{kind}-finetune"
     done = launch(world, pretrain, kind, zero2)
