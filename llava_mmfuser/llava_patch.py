@@ -14,7 +14,6 @@ import os
 import sys
 from typing import Any, Callable, Dict, List, NamedTuple, Optional, Sequence, Tuple
 
-from . import activation
 from .checkpoint import missing_fuser_keys
 from .config import (
     PROJECTOR_TYPE,
@@ -253,7 +252,7 @@ def status() -> Dict[str, Any]:
         version or None), ``targets`` (list of target, state, detail), ``implementations`` (device to name).
     """
     try:
-        importlib.import_module(activation.TRIGGER)
+        importlib.import_module("llava.model.llava_arch")
         reason = _refusal or (None if _originals else "the hook is off; call llava_mmfuser.activate()")
     except Exception as error:
         reason = f"LLaVA cannot be imported: {type(error).__name__}: {error}"
