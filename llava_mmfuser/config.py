@@ -118,25 +118,27 @@ class MMFuserConfig:
     layers: Layers = field(
         default=-2,
         metadata={
-            "help": "hidden_states indices fed to the fuser, shallow first, the query layer last. Default: five layers "
-            "spread uniformly up to --mm_vision_select_layer."
+            "help": "hidden_states indices fed to the fuser, shallow first, the query layer last. If not given: five "
+            "layers spread uniformly up to --mm_vision_select_layer."
         },
     )
     projector: str = field(
         default="mlp2x_gelu",
-        metadata={"help": "LLaVA projector behind the fuser: linear or mlpNx_gelu. Default: mlp2x_gelu."},
+        metadata={"help": "LLaVA projector behind the fuser: linear or mlpNx_gelu. If not given: mlp2x_gelu."},
     )
     attention: str = field(
         default="deformable",
-        metadata={"help": "Attention kind inside the fuser: %s. Default: deformable." % ", ".join(ATTENTION_KINDS)},
+        metadata={
+            "help": "Attention kind inside the fuser: %s. If not given: deformable." % ", ".join(ATTENTION_KINDS)
+        },
     )
     self_attention: bool = field(
-        default=True, metadata={"help": "Refine the cross-attention's output by self-attention. Default: True."}
+        default=True, metadata={"help": "Refine the cross-attention's output by self-attention. If not given: True."}
     )
     num_heads: int = field(
-        default=16, metadata={"help": "Attention heads; must divide the tower's width. Default: 16."}
+        default=16, metadata={"help": "Attention heads; must divide the tower's width. If not given: 16."}
     )
-    num_points: int = field(default=4, metadata={"help": "Sampling points per head and level. Default: 4."})
+    num_points: int = field(default=4, metadata={"help": "Sampling points per head and level. If not given: 4."})
 
     def __post_init__(self):
         object.__setattr__(self, "layers", parse_layers(self.layers, "mm_fuser_layers"))
