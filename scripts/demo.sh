@@ -45,9 +45,15 @@ if [ $here = 1 ]; then
 import importlib.util
 import sys
 
-wanted = {"llava": "LLaVA itself, or: pip install --no-deps llava-torch==1.2.2.post1", "llava_mmfuser": "pip install -e .",
-          "deepspeed": "pip install deepspeed (LLaVA imports it when it saves)", "sentencepiece": "pip install sentencepiece",
-          "sklearn": "pip install scikit-learn", "skimage": "pip install scikit-image", "matplotlib": "pip install matplotlib"}
+wanted = {
+    "llava": "install LLaVA, or: pip install --no-deps llava-torch==1.2.2.post1",
+    "llava_mmfuser": "pip install -e .",
+    "deepspeed": "pip install deepspeed (LLaVA imports it when it saves)",
+    "sentencepiece": "pip install sentencepiece",
+    "sklearn": "pip install scikit-learn",
+    "skimage": "pip install scikit-image",
+    "matplotlib": "pip install matplotlib",
+}
 missing = [name for name in wanted if importlib.util.find_spec(name) is None]
 for name in missing:
     print(f"demo.sh --here: {sys.executable} has no {name}: {wanted[name]}", file=sys.stderr)
@@ -74,6 +80,9 @@ else
         printf '%s\n' "$wanted" > "$stamp"
     fi
 fi
+
+# Threads that spin while they wait make every step four times slower when something else uses the cores.
+export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-passive}
 
 say "Training and comparing"
 exec "$python" "$repo/scripts/demo.py" --output "$output" --elapsed "$SECONDS" ${arguments[@]+"${arguments[@]}"}
