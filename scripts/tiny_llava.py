@@ -46,8 +46,9 @@ def caption(number: int, place: str) -> str:
 def reading_texts(count: int = 4000, scene: int = 40, seed: int = 0) -> List[Tuple[str, str]]:
     """Scenes in words, each with what LLaVA asks of a picture: (text to read, text to learn).
 
-    A scene is `scene` random words for surfaces, some of them replaced by a number and its place, as a picture is patches
-    of which some show a digit. What follows is a caption (pretraining) or both questions in LLaVA's v1 format (finetuning).
+    A scene is `scene` random words for surfaces, some of them replaced by a number and its place, as a picture is
+    patches of which some show a digit. What follows is a caption (pretraining) or both questions in LLaVA's v1 format
+    (finetuning).
     """
     random = np.random.RandomState(seed)
     texts = []
