@@ -14,7 +14,7 @@ usage: scripts/demo.sh [--here] [--output DIR] [-- ARGUMENTS OF demo.py]
   --here        use the active python instead of making an environment
   --output DIR  where the environment, data, models and result go (default: .demo)
 
-Set PYTHON to choose the interpreter (default: python3; 3.9 to 3.12).
+Set PYTHON to choose the interpreter (default: python3; tried with 3.11).
 TEXT
 }
 
