@@ -95,7 +95,9 @@ def _initialize_vision_modules(original, self, model_args, fsdp=None):
     tower_config = self.get_vision_tower().config
     if not isinstance(query, int) or query % (tower_config.num_hidden_layers + 1) != settings.layers[-1]:
         self.config.mm_vision_select_layer = settings.layers[-1]
-    _report(self.mm_projector, settings, model_args.pretrain_mm_mlp_adapter or source)
+    if model_args.pretrain_mm_mlp_adapter is not None and self.mm_projector.num_loaded:
+        source = model_args.pretrain_mm_mlp_adapter
+    _report(self.mm_projector, settings, source)
 
 
 def _initialize_weights(original, self, module, *args, **kwargs):
@@ -218,7 +220,7 @@ def apply() -> None:
         _refusal = (
             f"llava_mmfuser does not fit this LLaVA ({_path_of('llava')}), which is left unpatched: "
             f"{'; '.join(problems)}. `python -m llava_mmfuser status` shows every row; "
-            f"use LLaVA 1.1.3 … 1.2.2.post1 or main, or report the change."
+            f"use LLaVA 1.2.2.post1 or main, or report the change."
         )
         sys.stderr.write(f"{_refusal}\n")
         _refuse_mmfuser(_refusal)

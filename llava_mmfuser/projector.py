@@ -34,6 +34,7 @@ class MMFuserProjector(Resettable, nn.Module):
         for name, parameter in projector.named_parameters(recurse=False):
             self.register_parameter(name, parameter)
         self.fuser = fuser
+        self.num_loaded = None  # fuser tensors in the last state dict that had any of this projector's
         self.register_load_state_dict_post_hook(self._after_load_state_dict)
 
     @classmethod
@@ -91,24 +92,23 @@ class MMFuserProjector(Resettable, nn.Module):
     def _load_from_state_dict(self, state_dict, prefix, *args) -> None:
         rename_published(state_dict, prefix)
         names = [prefix + "fuser." + name for name, _ in self.fuser.named_parameters()]
-        self._found = (
-            sum(name in state_dict for name in names) if any(k.startswith(prefix) for k in state_dict) else None
-        )
+        concerned = any(key.startswith(prefix) for key in state_dict)
+        self.num_loaded = sum(name in state_dict for name in names) if concerned else None
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     @staticmethod
     def _after_load_state_dict(self, incompatible_keys) -> None:
         """A projector's state dict without a fuser is LLaVA's own: the MLP is loaded and the fuser stays as it is."""
         total = sum(1 for _ in self.fuser.parameters())
-        if self._found == 0:
+        if self.num_loaded == 0:
             missing = [key for key in incompatible_keys.missing_keys if ("." + key).rpartition(".fuser.")[1]]
             for key in missing:
                 incompatible_keys.missing_keys.remove(key)
             logger.warning("none of %d fuser tensors is in this state dict; the fuser keeps its present weights", total)
-        elif self._found is not None:
+        elif self.num_loaded is not None:
             logger.log(
-                logging.INFO if self._found == total else logging.WARNING,
+                logging.INFO if self.num_loaded == total else logging.WARNING,
                 "loaded %d of %d fuser tensors",
-                self._found,
+                self.num_loaded,
                 total,
             )

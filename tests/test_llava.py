@@ -267,6 +267,20 @@ def test_llavas_own_adapter_loads_and_the_fuser_stays_identity(caplog):
         fused.load_state_dict(partial)
 
 
+def test_start_line_does_not_credit_an_adapter_that_has_no_fuser(world, tmp_path, caplog):
+    logging.getLogger("llava_mmfuser").addHandler(caplog.handler)
+    for kind, expected in (
+        ("mlp2x_gelu", "fuser weights: fresh, starts as identity"),
+        ("mmfuser", "fuser weights: from "),
+    ):
+        adapter = model_with(world, mm_projector_type=kind).get_model().mm_projector.state_dict()
+        torch.save({"model.mm_projector." + name: value for name, value in adapter.items()}, tmp_path / "adapter.bin")
+        caplog.clear()
+        model_with(world, pretrain_mm_mlp_adapter=str(tmp_path / "adapter.bin"))
+        assert expected in caplog.messages[-1]
+    logging.getLogger("llava_mmfuser").removeHandler(caplog.handler)
+
+
 def test_published_adapter_loads():
     source = build_vision_projector(projector_config())
     with torch.no_grad():
