@@ -1,4 +1,4 @@
-"""The import hook: patches LLaVA right after ``llava.model.llava_arch`` has been imported. Standard library only.
+"""The import hook: patches modules of LLaVA right after they have been imported. Standard library only.
 
 A one-line ``.pth`` in site-packages calls `install` at every interpreter start, so this module must stay cheap, and it
 must never raise: LLaVA swallows every exception that is raised while it is imported.
@@ -7,15 +7,15 @@ must never raise: LLaVA swallows every exception that is raised while it is impo
 import os
 import sys
 
-TRIGGER = "llava.model.llava_arch"
+TRIGGERS = ("llava.model.llava_arch", "llava.model.builder", "llava.train.llava_trainer")  # keys of llava_patch.PATCHES
 DISABLE = "LLAVA_MMFUSER_DISABLE"
 
 
 class _Finder:
-    """Meta-path finder that leaves the search to the others and adds one step after the trigger module has run."""
+    """Meta-path finder that leaves the search to the others and adds one step after a trigger module has run."""
 
     def find_spec(self, name, path=None, target=None):
-        if name != TRIGGER:
+        if name not in TRIGGERS:
             return None
         for finder in sys.meta_path:
             find_spec = getattr(finder, "find_spec", None)
@@ -39,16 +39,16 @@ def _patch_after_exec(loader):
     def exec_and_patch(module):
         exec_module(module)
         if _finder in sys.meta_path:
-            _apply()
+            _apply(module.__name__)
 
     loader.exec_module = exec_and_patch
 
 
-def _apply():
+def _apply(trigger):
     try:
         from llava_mmfuser import llava_patch
 
-        llava_patch.apply()
+        llava_patch.apply(trigger)
     except Exception as error:  # LLaVA's `except: pass` would turn this into a misleading ImportError
         sys.stderr.write("llava_mmfuser: LLaVA is left unpatched: %s: %s\n" % (type(error).__name__, error))
 
@@ -71,9 +71,10 @@ def activate():
     """
     if _finder not in sys.meta_path:
         sys.meta_path.insert(0, _finder)
-    module = sys.modules.get(TRIGGER)
-    if module is not None and not getattr(getattr(module, "__spec__", None), "_initializing", False):
-        _apply()
+    for trigger in TRIGGERS:
+        module = sys.modules.get(trigger)
+        if module is not None and not getattr(getattr(module, "__spec__", None), "_initializing", False):
+            _apply(trigger)
 
 
 def deactivate():

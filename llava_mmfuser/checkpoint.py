@@ -1,25 +1,62 @@
-"""Names of weights in adapters and checkpoints: LLaVA's, ours and the authors'."""
+"""Names and shapes of weights in adapters and checkpoints, LLaVA's, ours and the authors', and reading adapters."""
 
-from typing import Any, Dict, Iterable, List
+import contextlib
+import dataclasses
+import json
+import os
+import re
+from types import SimpleNamespace
+from typing import Any, Dict, Iterable, List, Mapping, Optional, Tuple
 
-# The authors' `mm_projector` is Sequential(fuser, Linear, GELU, Linear); ours keeps the MLP at LLaVA's own 0 and 2.
-_MLP = {"1.weight": "0.weight", "1.bias": "0.bias", "3.weight": "2.weight", "3.bias": "2.bias"}
+import torch
+
+from .config import PROJECTOR_TYPE, MMFuserConfig, spell
+from .fuser import PUBLISHED_NAMES, MMFuser
+
+MARK = "mm_projector."
+_FROM_OURS = {ours: theirs for theirs, ours in PUBLISHED_NAMES.items()}
+Shapes = Dict[str, Tuple[int, ...]]
 
 
-def rename_published(state_dict: Dict[str, Any], prefix: str = "") -> None:
+def from_published(name: str, linear: bool = False) -> str:
+    """Our name of a weight in the authors' projector, both without what stands before and including ``mm_projector.``.
+
+    Theirs is ``Sequential(fuser, Linear, GELU, Linear, …)``; ours keeps the MLP at LLaVA's own 0, 2, ….
+
+    Args:
+        name: such as ``0.gamma1`` or ``3.bias``.
+        linear: the inner projector is a single Linear, whose names have no number.
+    """
+    first, _, rest = name.partition(".")
+    if first == "0":
+        return "fuser." + PUBLISHED_NAMES.get(rest, rest)
+    return rest if linear else f"{int(first) - 1}.{rest}"
+
+
+def to_published(name: str) -> str:
+    """The inverse of `from_published`."""
+    first, _, rest = name.partition(".")
+    if first == "fuser":
+        return "0." + _FROM_OURS.get(rest, rest)
+    return f"{int(first) + 1}.{rest}" if rest else f"1.{first}"
+
+
+def is_published(names: Iterable[str]) -> bool:
+    """Whether names of a projector's weights, without the part up to ``mm_projector.``, are the authors'."""
+    return "0.gamma1" in names
+
+
+def rename_published(state_dict: Dict[str, Any], prefix: str = "", linear: bool = False) -> None:
     """Give the tensors of an authors' adapter our names, in place; leave every other state dict alone.
 
     Args:
         state_dict: names to tensors.
         prefix: what stands before the names of the projector, such as ``model.mm_projector.``.
+        linear: see `from_published`.
     """
-    if prefix + "0.gamma1" not in state_dict:
-        return
-    for key in [key for key in state_dict if key.startswith(prefix + "0.")]:
-        state_dict[prefix + "fuser." + key[len(prefix) + 2 :]] = state_dict.pop(key)
-    for theirs, ours in _MLP.items():
-        if prefix + theirs in state_dict:
-            state_dict[prefix + ours] = state_dict.pop(prefix + theirs)
+    if is_published(key[len(prefix) :] for key in state_dict if key.startswith(prefix)):
+        for key in [key for key in state_dict if re.match(r"\d+\.", key[len(prefix) :]) and key.startswith(prefix)]:
+            state_dict[prefix + from_published(key[len(prefix) :], linear)] = state_dict.pop(key)
 
 
 def missing_fuser_keys(loaded_keys: Iterable[str], projector: Any) -> List[str]:
@@ -29,6 +66,187 @@ def missing_fuser_keys(loaded_keys: Iterable[str], projector: Any) -> List[str]:
         loaded_keys: names of the tensors in the checkpoint.
         projector: the `MMFuserProjector` that was loaded.
     """
-    prefix = "mm_projector.fuser."
+    prefix = MARK + "fuser."
     there = {key.split(prefix)[1] for key in loaded_keys if prefix in key}
     return sorted(name for name, _ in projector.fuser.named_parameters() if name not in there)
+
+
+def expected_shapes(settings: MMFuserConfig, mm_hidden_size: int, hidden_size: int) -> Shapes:
+    """Names, without ``mm_projector.``, and shapes of all weights of a projector with fuser.
+
+    Args:
+        settings: of the fuser.
+        mm_hidden_size: width of the vision tower.
+        hidden_size: width of the language model.
+    """
+    with torch.device("meta"):
+        fuser = MMFuser.from_settings(settings, mm_hidden_size)
+    shapes = {"fuser." + name: tuple(parameter.shape) for name, parameter in fuser.named_parameters()}
+    if settings.projector == "linear":
+        return {**shapes, "weight": (hidden_size, mm_hidden_size), "bias": (hidden_size,)}
+    for layer in range(int(re.findall(r"\d+", settings.projector)[0])):
+        width = hidden_size if layer else mm_hidden_size
+        shapes.update({f"{2 * layer}.weight": (hidden_size, width), f"{2 * layer}.bias": (hidden_size,)})
+    return shapes
+
+
+def describe(names: Iterable[str]) -> str:
+    """What kind of file has these names of weights; those of a projector with or without their ``mm_projector.``."""
+    names = list(names)
+    projector = [name.split(MARK, 1)[1] for name in names if MARK in name]
+    if any(re.search(r"lora_[AB]", name) for name in names):
+        return "LoRA weights of a language model"
+    if any(re.search(r"(^|\.)(layers|blocks|encoder)\.\d+\.|lm_head", name) for name in names):
+        return "weights of a whole model" + ("" if projector else ", without a projector")
+    projector = projector or names
+    if is_published(projector):
+        return "an adapter of the authors' MMFuser fork"
+    if any(name.startswith("fuser.") for name in projector):
+        return "an adapter of llava_mmfuser"
+    if projector and set(projector) <= {"weight", "bias"}:
+        return "an adapter of LLaVA with a linear projector"
+    if projector and all(re.fullmatch(r"\d+\.(weight|bias)", name) for name in projector):
+        return f"an adapter of LLaVA with an mlp{len(projector) // 2}x_gelu projector"
+    return "unknown" if names else "empty"
+
+
+def read_tensors(path: str) -> Dict[str, torch.Tensor]:
+    """Read a state dict saved by `torch.save` onto the CPU; runs no code in the file.
+
+    Raises:
+        ValueError: no such file, not a file of tensors (truncated, another format), or a pickle of something else.
+    """
+    if not os.path.isfile(path):
+        hint = "a folder; name the file in it, such as mm_projector.bin" if os.path.isdir(path) else "no such file"
+        raise ValueError(f"{path}: {hint}")
+    try:
+        state_dict = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # pickle, zip and tensor errors have no common type
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ValueError(
+            f"{path} ({os.path.getsize(path)} bytes) cannot be read as tensors saved by torch.save: {reason} "
+            f"It is truncated, of another format, or holds other Python objects, which are not loaded because they "
+            f"could run code; download or save it again"
+        ) from error
+    if not isinstance(state_dict, dict) or not all(isinstance(value, torch.Tensor) for value in state_dict.values()):
+        kind = type(state_dict).__name__
+        if isinstance(state_dict, dict):
+            kind = "dict of " + ", ".join(sorted({type(value).__name__ for value in state_dict.values()}))
+        raise ValueError(f"{path} holds a {kind}, not a state dict (names to tensors)")
+    return {str(name): value for name, value in state_dict.items()}
+
+
+def save_tensors(state_dict: Mapping[str, torch.Tensor], path: str) -> None:
+    """Save a state dict by `torch.save`, beside `path` first, so that `path` is never a half-written file."""
+    partial = path + ".partial"
+    try:
+        torch.save(dict(state_dict), partial)
+        os.replace(partial, path)
+    finally:
+        with contextlib.suppress(OSError):
+            os.unlink(partial)
+
+
+def read_adapter(path: str) -> Dict[str, torch.Tensor]:
+    """Read the projector's tensors from ``mm_projector.bin`` or ``non_lora_trainables.bin``.
+
+    Returns:
+        Names, without the part up to ``mm_projector.``, to tensors on the CPU; the authors' names are left as they are.
+
+    Raises:
+        ValueError: see `read_tensors`; or the file has no weights of a projector.
+    """
+    state_dict = read_tensors(path)
+    projector = {name.split(MARK, 1)[1]: value for name, value in state_dict.items() if MARK in name}
+    if not projector:
+        raise ValueError(
+            f"{path} has no weights of a projector (no name with {MARK!r}); it looks like {describe(state_dict)}; "
+            f"its first names: {', '.join(list(state_dict)[:3]) or 'none'}"
+        )
+    return projector
+
+
+def matching_adapter(
+    path: str, settings: MMFuserConfig, expected: Shapes, vision_config: Any = None
+) -> Dict[str, torch.Tensor]:
+    """Read an adapter and refuse it unless it fits. One without a fuser fits if the inner projector does.
+
+    Args:
+        path: ``mm_projector.bin`` or ``non_lora_trainables.bin``; a ``config.json`` beside it is read, too.
+        settings: of this run or checkpoint.
+        expected: names and shapes of the projector's weights, see `expected_shapes`.
+        vision_config: of the vision tower, to compare the layers with those in the ``config.json`` of the adapter;
+            None to skip that.
+
+    Returns:
+        Tensors under our names, without ``mm_projector.``.
+
+    Raises:
+        ValueError: see `read_adapter`; missing, unexpected or wrongly shaped tensors, all listed by name, with what the
+            file looks like; or an adapter trained with other layers or settings.
+    """
+    weights = read_adapter(path)
+    kind = describe(weights)
+    rename_published(weights, linear=settings.projector == "linear")
+    problems = compare({name: tuple(value.shape) for name, value in weights.items()}, expected)
+    if problems:
+        raise ValueError(f"{path} does not fit this model's projector: {problems}. It looks like {kind}")
+    config = read_config(os.path.dirname(path)) or {}
+    of_fuser = is_authors_config(config) or config.get("mm_projector_type") == PROJECTOR_TYPE
+    if vision_config is not None and of_fuser and any(name.startswith("fuser.") for name in weights):
+        trained = MMFuserConfig.from_llava(SimpleNamespace(**config)).resolve(vision_config)
+        for name in (field.name for field in dataclasses.fields(settings) if field.name != "projector"):
+            before, now = spell(getattr(trained, name)), spell(getattr(settings, name))
+            if before != now:
+                raise ValueError(
+                    f"{path} was trained with mm_fuser_{name}={before}, but this run has {now}; "
+                    f"add --mm_fuser_{name} {before}"
+                )
+    return weights
+
+
+def compare(found: Shapes, expected: Shapes) -> Optional[str]:
+    """How names and shapes differ, or None. Without any fuser weight, only the inner projector counts."""
+    if not any(name.startswith("fuser.") for name in found):
+        expected = {name: shape for name, shape in expected.items() if not name.startswith("fuser.")}
+    missing = [name for name in expected if name not in found]
+    unexpected = [name for name in found if name not in expected]
+    problems = [f"missing {', '.join(missing)}"] if missing else []
+    problems += [f"unexpected {', '.join(unexpected)}"] if unexpected else []
+    problems += [
+        f"{name} is {list(found[name])} instead of {list(shape)}"
+        for name, shape in expected.items()
+        if name in found and tuple(found[name]) != tuple(shape)
+    ]
+    return "; ".join(problems) or None
+
+
+def read_config(folder: str) -> Optional[Dict[str, Any]]:
+    """``config.json`` of a folder as a dict, or None where there is none.
+
+    Raises:
+        ValueError: it is not JSON.
+    """
+    file = os.path.join(folder, "config.json")
+    if not os.path.isfile(file):
+        return None
+    with open(file, encoding="utf-8") as stream:
+        try:
+            return json.load(stream)
+        except ValueError as error:
+            raise ValueError(f"{file} is not JSON: {error}") from error
+
+
+def is_authors_config(config: Any) -> bool:
+    """Whether a config (dict or object) is of a checkpoint of the authors' fork: a list of layers, no projector type
+    of its own."""
+    get = config.get if isinstance(config, dict) else lambda name: getattr(config, name, None)
+    return isinstance(get("mm_vision_select_layer"), (list, tuple)) and get("mm_projector_type") != PROJECTOR_TYPE
+
+
+def convert_hint(path: str) -> str:
+    """What to do about a checkpoint in the authors' format."""
+    return (
+        f"a checkpoint in the format of the authors' MMFuser fork, which has other weight names; convert it with: "
+        f"python -m llava_mmfuser convert {path} {path.rstrip('/')}-llava-mmfuser"
+    )

@@ -45,7 +45,7 @@ def parse_layers(value: Any, setting: str = "mm_vision_select_layer") -> Layers:
         raise ValueError(f"{setting}={value!r} is not a list of layers; write it as {SPELLINGS}")
     if len(layers) < 2:
         raise ValueError(
-            f"{setting}={_spell(layers)} names {len(layers)} layer(s), but a fuser needs at least 2, the query last; "
+            f"{setting}={spell(layers)} names {len(layers)} layer(s), but a fuser needs at least 2, the query last; "
             f"give the query alone as an int (-2) for the uniform default, or all layers, such as 3,8,13,18,23"
         )
     return layers
@@ -76,7 +76,7 @@ def resolve_layers(layers: Layers, num_hidden_layers: int, setting: str = "mm_vi
     for index in given:
         if not -size <= index < size:
             raise ValueError(
-                f"{setting}={_spell(layers)}: layer {index} does not exist; this vision tower has {num_hidden_layers} "
+                f"{setting}={spell(layers)}: layer {index} does not exist; this vision tower has {num_hidden_layers} "
                 f"blocks, so hidden_states indices go from 0 to {num_hidden_layers} or from {-size} to -1"
             )
     resolved = tuple(index % size for index in given)
@@ -92,19 +92,20 @@ def resolve_layers(layers: Layers, num_hidden_layers: int, setting: str = "mm_vi
         return tuple(range(first, query + 1, stride))
     if len(set(resolved)) != len(resolved):
         raise ValueError(
-            f"{setting}={_spell(layers)} names a layer twice (as indices: {_spell(resolved)}); "
+            f"{setting}={spell(layers)} names a layer twice (as indices: {spell(resolved)}); "
             f"every layer may appear once"
         )
     if list(resolved) != sorted(resolved):
         raise ValueError(
-            f"{setting}={_spell(layers)} is not in order (as indices: {_spell(resolved)}); "
-            f"write shallow to deep, the query layer last: {_spell(tuple(sorted(resolved)))}"
+            f"{setting}={spell(layers)} is not in order (as indices: {spell(resolved)}); "
+            f"write shallow to deep, the query layer last: {spell(tuple(sorted(resolved)))}"
         )
     return resolved
 
 
-def _spell(layers: Layers) -> str:
-    return str(layers) if isinstance(layers, int) else ",".join(map(str, layers))
+def spell(value: Any) -> str:
+    """A setting as one would write it on the command line: 3,8,13,18,23."""
+    return ",".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
 
 
 @dataclass(frozen=True)
@@ -196,6 +197,16 @@ class MMFuserConfig:
 
 
 FLAG_PREFIX = "mm_fuser_"
+# name, type, default, help of flags that concern training only; upstream keeps mm_projector_lr in config.json, too
+TRAINING_FLAGS = (
+    (
+        "mm_fuser_lr",
+        Optional[float],
+        None,
+        "Learning rate of the fuser (paper, 13B pretraining: 1e-4). If not given: that of the projector.",
+    ),
+    ("mm_fuser_log_gates", bool, True, "Log the mean absolute value of the fuser's gates with the loss."),
+)
 
 
 def check_num_heads(hidden_size: int, num_heads: int) -> None:
@@ -234,7 +245,7 @@ def with_fuser_flags(arguments: type, check: Callable[[Any], None]) -> type:
 
     Returns:
         A subclass under the same name. Its ``mm_vision_select_layer`` is an int, as upstream's, or a tuple of ints;
-        every ``mm_fuser_*`` field is None unless given.
+        every setting of `MMFuserConfig` is None unless given. The `TRAINING_FLAGS` are there, too.
     """
     select_layer = arguments.__dataclass_fields__["mm_vision_select_layer"]
     extra: List[Tuple[str, Any, Any]] = [
@@ -250,6 +261,8 @@ def with_fuser_flags(arguments: type, check: Callable[[Any], None]) -> type:
             ),
         ),
     ]
+    for name, kind, default, text in TRAINING_FLAGS:
+        extra.append((name, kind, field(default=default, metadata={"help": text})))
     for setting in dataclasses.fields(MMFuserConfig):
         kind = str if setting.name == "layers" else setting.type
         extra.append((FLAG_PREFIX + setting.name, Optional[kind], field(default=None, metadata=dict(setting.metadata))))
@@ -278,7 +291,11 @@ def check_arguments(arguments: Any) -> None:
         ValueError: see `MMFuserConfig`; or fuser settings given to another ``mm_projector_type``.
     """
     given = explicit_settings(arguments)
+    lr = getattr(arguments, "mm_fuser_lr", None)
+    if lr is not None and not 0 <= lr < float("inf"):
+        raise ValueError(f"mm_fuser_lr={lr} is not allowed; use a number of at least 0, such as 1e-4")
     if arguments.mm_projector_type != PROJECTOR_TYPE:
+        given.update({} if lr is None else {"lr": lr})
         if given:
             names = ", ".join(layers_setting(arguments) if name == "layers" else FLAG_PREFIX + name for name in given)
             raise ValueError(
@@ -290,6 +307,6 @@ def check_arguments(arguments: Any) -> None:
     listed = arguments.mm_vision_select_layer
     if "layers" in given and isinstance(listed, tuple) and listed != given["layers"]:
         raise ValueError(
-            f"mm_fuser_layers={_spell(given['layers'])} and mm_vision_select_layer={_spell(listed)} "
+            f"mm_fuser_layers={spell(given['layers'])} and mm_vision_select_layer={spell(listed)} "
             f"name different layers; give one of them"
         )

@@ -69,6 +69,18 @@ class MMFuser(nn.Module):
             self.self_gate = Gate(hidden_size)
         self.self_attention = self_attention
 
+    @classmethod
+    def from_settings(cls, settings: MMFuserConfig, hidden_size: int) -> "MMFuser":
+        """A fresh block for feature maps of width hidden_size."""
+        return cls(
+            hidden_size,
+            num_layers=settings.num_layers,
+            num_heads=settings.num_heads,
+            num_points=settings.num_points,
+            attention=settings.attention,
+            self_attention=settings.self_attention,
+        )
+
     def forward(self, layers: Sequence[torch.Tensor]) -> torch.Tensor:
         """Fuse feature maps.
 

@@ -1,9 +1,10 @@
 """Everything this package does to LLaVA, as one table (`PATCHES`), and nothing else names LLaVA's symbols.
 
 Not patched, because upstream selects on the substring ``mm_projector`` or on attributes that stay as they are: train.py
-and its saving, LoRA and quantisation code, `LLaVATrainer`, `load_pretrained_model`, the evaluation and serving scripts.
+and its saving, LoRA and quantisation code, the evaluation and serving scripts.
 """
 
+import contextlib
 import copy
 import dataclasses
 import functools
@@ -12,9 +13,19 @@ import inspect
 import logging
 import os
 import sys
-from typing import Any, Callable, Dict, List, NamedTuple, Optional, Sequence, Tuple
+from types import SimpleNamespace
+from typing import Any, Dict, List, Optional, Sequence, Tuple
 
-from .checkpoint import missing_fuser_keys
+from . import trainer
+from .checkpoint import (
+    convert_hint,
+    expected_shapes,
+    is_authors_config,
+    matching_adapter,
+    missing_fuser_keys,
+    read_adapter,
+    read_config,
+)
 from .config import (
     PROJECTOR_TYPE,
     MMFuserConfig,
@@ -25,6 +36,7 @@ from .config import (
     with_fuser_flags,
 )
 from .ops import select_implementation
+from .patching import Patch, check_row, replace, restore
 from .projector import MMFuserProjector
 from .resettable import Resettable, materialize
 from .vision import SELECT_FEATURES, capture_layers, concat_layers
@@ -81,6 +93,7 @@ def _initialize_vision_modules(original, self, model_args, fsdp=None):
         _refuse_layer_list(model_args)
         return original(self, model_args, fsdp=fsdp)
 
+    _check_trainer(model_args)
     tower = self.get_vision_tower()
     if fused:
         settings, source = _kept_settings(self, model_args), "the checkpoint"
@@ -88,15 +101,23 @@ def _initialize_vision_modules(original, self, model_args, fsdp=None):
         settings, source = _resolve(model_args, tower.vision_tower_name if tower else model_args.vision_tower), None
         if projector is not None:
             settings = _existing_projector_settings(self.config, model_args, settings)
-            self.mm_projector = _put_fuser_in_front(projector, settings, tower)
+    adapter, model_args = model_args.pretrain_mm_mlp_adapter, copy.copy(model_args)
+    model_args.pretrain_mm_mlp_adapter = None
+    if projector is not None and not fused:
+        self.mm_projector = _put_fuser_in_front(projector, settings, tower)
     self.config.update(settings.to_llava())
+    self.config.mm_fuser_lr = getattr(model_args, "mm_fuser_lr", None)  # as upstream keeps mm_projector_lr
     original(self, model_args, fsdp=fsdp)
+    self.mm_projector.log_gates = getattr(model_args, "mm_fuser_log_gates", True)
     query = model_args.mm_vision_select_layer
     tower_config = self.get_vision_tower().config
     if not isinstance(query, int) or query % (tower_config.num_hidden_layers + 1) != settings.layers[-1]:
         self.config.mm_vision_select_layer = settings.layers[-1]
-    if model_args.pretrain_mm_mlp_adapter is not None and self.mm_projector.num_loaded:
-        source = model_args.pretrain_mm_mlp_adapter
+    if adapter is not None:
+        weights = matching_adapter(adapter, settings, self.mm_projector.shapes(), tower_config)
+        with trainer.gathered(self.mm_projector.parameters(), modifier_rank=0):
+            self.mm_projector.load_state_dict(weights)
+        source = adapter if self.mm_projector.num_loaded else source
     _report(self.mm_projector, settings, source)
 
 
@@ -129,17 +150,14 @@ def _parser_init(original, self, dataclass_types, *args, **kwargs):
     original(self, extended[0] if single else extended, *args, **kwargs)
 
 
-class Patch(NamedTuple):
-    """One row: what is replaced (None: only relied upon), by what, which parameters it must have, and why."""
-
-    target: str
-    replacement: Optional[Callable]
-    parameters: Tuple[str, ...]
-    reason: str
+def _load_llava(original, model_path, model_base, model_name, *args, **kwargs):
+    _check_checkpoint(model_path, model_base, model_name)
+    return original(model_path, model_base, model_name, *args, **kwargs)
 
 
 _CLIP_ENCODER = "llava.model.multimodal_encoder.clip_encoder:CLIPVisionTower"
-PATCHES = (
+_TRAINER = "transformers.trainer:Trainer"
+_MODEL_PATCHES = (
     Patch(
         _CLIP_ENCODER + ".__init__",
         _tower_init,
@@ -202,48 +220,107 @@ PATCHES = (
     ),
 )
 
-_originals: Dict[str, Any] = {}
-_refusal: Optional[str] = None
+_LOADER_PATCHES = (
+    Patch(
+        "llava.model.builder:load_pretrained_model",
+        _load_llava,
+        ("model_path", "model_base", "model_name"),
+        "adapters and checkpoints are checked before the language model is read",
+    ),
+)
+_TRAINER_PATCHES = (
+    Patch(
+        "llava.train.llava_trainer:LLaVATrainer.create_optimizer",
+        trainer.create_optimizer,
+        ("self",),
+        "mm_fuser_lr; gates, norms and biases of the fuser without weight decay",
+    ),
+    Patch(
+        "llava.train.llava_trainer:LLaVATrainer._save_checkpoint",
+        trainer.save_checkpoint,
+        ("self", "model", "trial", "metrics"),
+        "stage 1 with a fuser can be resumed",
+    ),
+    Patch(
+        _TRAINER + ".save_model",
+        trainer.save_model,
+        ("self", "output_dir", "_internal_call"),
+        "checkpoints of stage 1 and of LoRA hold the projector",
+    ),
+    Patch(
+        _TRAINER + "._load_from_checkpoint",
+        trainer.load_from_checkpoint,
+        ("self", "resume_from_checkpoint", "model"),
+        "and give it back on resuming",
+    ),
+    Patch(
+        "transformers.trainer:deepspeed_load_checkpoint",
+        trainer.deepspeed_load_checkpoint,
+        ("deepspeed_engine", "checkpoint_path"),
+        "the same under DeepSpeed, whose checkpoints then leave out frozen weights",
+    ),
+    Patch(
+        "transformers.trainer:deepspeed_init",
+        trainer.deepspeed_init,
+        ("trainer", "num_training_steps"),
+        "refuses mm_fuser_lr where DeepSpeed's own optimizer would ignore it",
+    ),
+    Patch(
+        _TRAINER + ".log",
+        trainer.log,
+        ("self", "logs"),
+        "the gates beside the loss",
+    ),
+)
+# Module of LLaVA -> what is patched right after its import.
+PATCHES = {
+    "llava.model.llava_arch": _MODEL_PATCHES,
+    "llava.model.builder": _LOADER_PATCHES,
+    "llava.train.llava_trainer": _TRAINER_PATCHES,
+}
+_ESSENTIAL = "llava.model.llava_arch"
+
+_applied: Dict[str, Optional[str]] = {}  # module -> None, or why its rows were not applied
 
 
-def apply() -> None:
-    """Check every row of `PATCHES`, then apply all of them, or none: a LLaVA that has drifted is left alone.
+def apply(module: str) -> None:
+    """Check the rows of `PATCHES` for one module, then apply all of them, or none: what has drifted is left alone.
 
-    In that case stderr says why, and ``mm_projector_type=mmfuser`` raises the same reason. Idempotent.
+    In that case stderr says why. If it is `llava_arch`, ``mm_projector_type=mmfuser`` raises the same reason and the
+    other modules are left alone, too; if it is `llava_trainer`, ``mm_fuser_lr`` raises it. Idempotent.
     """
-    global _refusal
-    if _originals:
+    if module in _applied or _applied.get(_ESSENTIAL):
         return
     _log_to_stderr()
-    problems = [f"{row.target}: {detail}" for row, state, detail in check() if state != "ok"]
-    if problems:
-        _refusal = (
-            f"llava_mmfuser does not fit this LLaVA ({_path_of('llava')}), which is left unpatched: "
-            f"{'; '.join(problems)}. `python -m llava_mmfuser status` shows every row; "
-            f"use LLaVA 1.2.2.post1 or main, or report the change."
-        )
-        sys.stderr.write(f"{_refusal}\n")
-        _refuse_mmfuser(_refusal)
+    problems = [f"{row.target}: {detail}" for row, state, detail in check(module) if state != "ok"]
+    if not problems:
+        for row in PATCHES[module]:
+            if row.replacement is not None:
+                replace(row.target, row.replacement)
+        _applied[module] = None
         return
-    _refusal = None
-    for row in PATCHES:
-        if row.replacement is not None:
-            _replace(row.target, row.replacement)
+    _applied[module] = (
+        f"llava_mmfuser does not fit this LLaVA ({_path_of('llava')}), whose {module} is left unpatched: "
+        f"{'; '.join(problems)}. `python -m llava_mmfuser status` shows every row; "
+        f"use LLaVA 1.2.2.post1 or main, or report the change."
+    )
+    sys.stderr.write(f"{_applied[module]}\n")
+    if module == _ESSENTIAL:
+        _refuse_mmfuser(_applied[module])
 
 
 def revert() -> None:
     """Put every original back."""
-    global _refusal
-    for target, original in _originals.items():
-        owner, name = _owner(target)
-        setattr(owner, name, original)
-    _originals.clear()
-    _refusal = None
+    restore()
+    _applied.clear()
 
 
-def check() -> List[Tuple[Patch, str, str]]:
-    """Each row with its state, ``ok``, ``missing`` or ``changed``, and what was expected and found."""
-    return [(row, *_check_row(row)) for row in PATCHES]
+def check(module: Optional[str] = None) -> List[Tuple[Patch, str, str]]:
+    """Each row, or those of one module, with its state, ``ok``, ``missing`` or ``changed``, and what was found."""
+    found = [(row, *check_row(row)) for name, rows in PATCHES.items() if module in (None, name) for row in rows]
+    if _applied.get(_ESSENTIAL):
+        found = [(row, state, "refuses mmfuser" if detail == "patched" else detail) for row, state, detail in found]
+    return found
 
 
 def status() -> Dict[str, Any]:
@@ -253,11 +330,14 @@ def status() -> Dict[str, Any]:
         ``active`` (bool), ``reason`` (why not, or None), ``llava`` (its folder, or None), ``versions`` (package to
         version or None), ``targets`` (list of target, state, detail), ``implementations`` (device to name).
     """
-    try:
-        importlib.import_module("llava.model.llava_arch")
-        reason = _refusal or (None if _originals else "the hook is off; call llava_mmfuser.activate()")
-    except Exception as error:
-        reason = f"LLaVA cannot be imported: {type(error).__name__}: {error}"
+    reasons = []
+    for module in PATCHES:
+        try:
+            importlib.import_module(module)
+            reasons.append(_applied.get(module, "the hook is off; call llava_mmfuser.activate()"))
+        except Exception as error:
+            reasons.append(f"LLaVA cannot be imported: {type(error).__name__}: {error}")
+    reason = next(filter(None, reasons), None)
     return {
         "active": reason is None,
         "reason": reason,
@@ -280,52 +360,6 @@ def status() -> Dict[str, Any]:
     }
 
 
-def _check_row(row: Patch) -> Tuple[str, str]:
-    try:
-        owner, name = _owner(row.target)
-        found = _originals.get(row.target) or inspect.getattr_static(owner, name)
-    except (ImportError, AttributeError) as error:
-        return "missing", f"not found ({error})"
-    parameters = tuple(inspect.signature(getattr(found, "__func__", found)).parameters)
-    if isinstance(found, classmethod):
-        parameters = parameters[1:]
-    if parameters[: len(row.parameters)] != row.parameters:
-        return "changed", f"expected parameters ({', '.join(row.parameters)}), found ({', '.join(parameters)})"
-    if row.replacement is None:
-        return "ok", "relied upon"
-    if row.target not in _originals:
-        return "ok", "not patched"
-    return "ok", "patched" if _refusal is None else "refuses mmfuser"
-
-
-def _owner(target: str) -> Tuple[Any, str]:
-    module, _, path = target.partition(":")
-    *parents, name = path.split(".")
-    return functools.reduce(getattr, parents, importlib.import_module(module)), name
-
-
-def _replace(target: str, replacement: Callable) -> None:
-    owner, name = _owner(target)
-    original = inspect.getattr_static(owner, name)
-    call = getattr(original, "__func__", original)
-
-    if isinstance(original, classmethod):
-
-        @functools.wraps(call)
-        def wrapper(cls, *args, **kwargs):
-            return replacement(functools.partial(call, cls), *args, **kwargs)
-
-        setattr(owner, name, classmethod(wrapper))
-    else:
-
-        @functools.wraps(call)
-        def wrapper(*args, **kwargs):
-            return replacement(call, *args, **kwargs)
-
-        setattr(owner, name, wrapper)
-    _originals[target] = original
-
-
 def _refuse_mmfuser(reason: str) -> None:
     """Make everything of LLaVA that still exists and reads ``mm_projector_type`` raise the reason for ``mmfuser``."""
 
@@ -334,10 +368,10 @@ def _refuse_mmfuser(reason: str) -> None:
             raise RuntimeError(reason)
         return original(*args, **kwargs)
 
-    for row in PATCHES:
+    for row in _MODEL_PATCHES:
         reads_type = row.replacement in (_tower_init, _build_vision_projector, _initialize_vision_modules)
-        if reads_type and _check_row(row)[0] != "missing":
-            _replace(row.target, refuse)
+        if reads_type and check_row(row)[0] != "missing":
+            replace(row.target, refuse)
 
 
 def _resolve(args: Any, vision_tower: str) -> MMFuserConfig:
@@ -371,18 +405,45 @@ def _with_flags(arguments: type) -> type:
 
 def _check_arguments(arguments: Any) -> None:
     check_arguments(arguments)
-    if arguments.mm_projector_type == PROJECTOR_TYPE and arguments.vision_tower is not None:
-        _resolve(arguments, arguments.vision_tower)
+    if arguments.mm_projector_type == PROJECTOR_TYPE:
+        if arguments.vision_tower is not None:
+            _resolve(arguments, arguments.vision_tower)
+        if getattr(arguments, "pretrain_mm_mlp_adapter", None) is not None:
+            try:
+                read_adapter(arguments.pretrain_mm_mlp_adapter)
+            except ValueError as error:
+                raise ValueError(f"pretrain_mm_mlp_adapter={error}") from error
 
 
 def _refuse_layer_list(args: Any) -> None:
-    layers = getattr(args, "mm_vision_select_layer", None)
-    if isinstance(layers, (list, tuple)):
+    if is_authors_config(args):
         raise ValueError(
-            f"mm_vision_select_layer={list(layers)} is a list, which needs mm_projector_type={PROJECTOR_TYPE}, "
-            f"but it is {getattr(args, 'mm_projector_type', None)!r}; a checkpoint like this comes from the "
-            f"authors' fork and has other weight names"
+            f"mm_vision_select_layer={list(args.mm_vision_select_layer)} is a list, which needs "
+            f"mm_projector_type={PROJECTOR_TYPE}, but it is {getattr(args, 'mm_projector_type', None)!r}; in a "
+            f"config.json this means {convert_hint(getattr(args, '_name_or_path', None) or 'IN')}"
         )
+
+
+def _check_checkpoint(model_path: str, model_base: Optional[str], model_name: str) -> None:
+    """Refuse what `load_pretrained_model` would load silently wrong: the authors' format, adapters that do not fit."""
+    from transformers.utils import cached_file
+
+    def find(name: str) -> Optional[str]:
+        with contextlib.suppress(OSError):  # upstream's own loading says what it misses
+            return cached_file(model_path, name)
+        return None
+
+    file = find("config.json")
+    config = read_config(os.path.dirname(file)) if file else None
+    if config and is_authors_config(config):
+        _refuse_layer_list(SimpleNamespace(**{**config, "_name_or_path": model_path}))
+    if not config or config.get("mm_projector_type") != PROJECTOR_TYPE or model_base is None:
+        return
+    is_lora = "lora" in model_name.lower()
+    adapter = find("non_lora_trainables.bin" if is_lora else "mm_projector.bin")
+    if adapter is not None:
+        settings = MMFuserConfig.from_llava(SimpleNamespace(**config))
+        matching_adapter(adapter, settings, expected_shapes(settings, config["mm_hidden_size"], config["hidden_size"]))
 
 
 def _kept_settings(model: Any, model_args: Any) -> MMFuserConfig:
@@ -398,6 +459,13 @@ def _kept_settings(model: Any, model_args: Any) -> MMFuserConfig:
                 f"drop the flag, or start from a checkpoint without a fuser"
             )
     return kept
+
+
+def _check_trainer(model_args: Any) -> None:
+    lr = getattr(model_args, "mm_fuser_lr", None)
+    refusal = _applied.get("llava.train.llava_trainer", "LLaVATrainer has not been imported, which puts it into effect")
+    if lr is not None and refusal is not None:
+        raise ValueError(f"mm_fuser_lr={lr}: {refusal}")
 
 
 def _existing_projector_settings(config: Any, model_args: Any, settings: MMFuserConfig) -> MMFuserConfig:

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .checkpoint import rename_published
+from .checkpoint import MARK, Shapes, compare, rename_published
 from .config import MMFuserConfig
 from .fuser import MMFuser
 from .resettable import Resettable
@@ -35,20 +35,14 @@ class MMFuserProjector(Resettable, nn.Module):
             self.register_parameter(name, parameter)
         self.fuser = fuser
         self.num_loaded = None  # fuser tensors in the last state dict that had any of this projector's
+        self.log_gates = True  # whether the Trainer logs the fuser's gates
+        self._problems = None  # what that state dict lacked or had too much
         self.register_load_state_dict_post_hook(self._after_load_state_dict)
 
     @classmethod
     def build(cls, settings: MMFuserConfig, hidden_size: int, projector: nn.Module) -> "MMFuserProjector":
         """Put a fresh fuser (identity) for feature maps of width hidden_size in front of a projector."""
-        fuser = MMFuser(
-            hidden_size,
-            num_layers=settings.num_layers,
-            num_heads=settings.num_heads,
-            num_points=settings.num_points,
-            attention=settings.attention,
-            self_attention=settings.self_attention,
-        )
-        return cls(fuser, projector)
+        return cls(MMFuser.from_settings(settings, hidden_size), projector)
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
         """Fuse and project what the patched vision tower returns.
@@ -82,6 +76,10 @@ class MMFuserProjector(Resettable, nn.Module):
                 fused = child(fused)
         return fused
 
+    def shapes(self) -> Shapes:
+        """Names and shapes of all parameters, also where ZeRO-3 has partitioned them."""
+        return {name: tuple(getattr(value, "ds_shape", value.shape)) for name, value in self.named_parameters()}
+
     @torch.no_grad()
     def reset_parameters(self) -> None:
         if "weight" in self._parameters:  # as torch.nn.Linear
@@ -90,16 +88,21 @@ class MMFuserProjector(Resettable, nn.Module):
             self.bias.uniform_(-bound, bound)
 
     def _load_from_state_dict(self, state_dict, prefix, *args) -> None:
-        rename_published(state_dict, prefix)
-        names = [prefix + "fuser." + name for name, _ in self.fuser.named_parameters()]
-        concerned = any(key.startswith(prefix) for key in state_dict)
-        self.num_loaded = sum(name in state_dict for name in names) if concerned else None
+        rename_published(state_dict, prefix, linear="weight" in self._parameters)
+        shapes = {key[len(prefix) :]: tuple(value.shape) for key, value in state_dict.items() if key.startswith(prefix)}
+        fuser = {"fuser." + name for name, _ in self.fuser.named_parameters()}
+        self.num_loaded = len(fuser & shapes.keys()) if shapes else None
+        # A shard of a whole model may hold any part of the projector; an adapter must hold all of it.
+        self._problems = compare(shapes, self.shapes()) if all(MARK in prefix + key for key in state_dict) else None
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     @staticmethod
     def _after_load_state_dict(self, incompatible_keys) -> None:
         """A projector's state dict without a fuser is LLaVA's own: the MLP is loaded and the fuser stays as it is."""
         total = sum(1 for _ in self.fuser.parameters())
+        if self._problems:
+            # with strict=True, PyTorch's own error follows
+            logger.warning("this state dict does not fit the projector: %s", self._problems)
         if self.num_loaded == 0:
             missing = [key for key in incompatible_keys.missing_keys if ("." + key).rpartition(".fuser.")[1]]
             for key in missing:

@@ -9,8 +9,11 @@ VISION_TOWER=${VISION_TOWER:-openai/clip-vit-large-patch14-336}
 DATA=${DATA:-./playground/data/LLaVA-Pretrain/blip_laion_cc_sbu_558k.json}
 IMAGES=${IMAGES:-./playground/data/LLaVA-Pretrain/images}
 OUTPUT=${OUTPUT:-./checkpoints/llava-v1.5-$SIZE-mmfuser-pretrain}
+RATES="--learning_rate 1e-3"
+if [ "$SIZE" = 13b ]; then RATES="$RATES --mm_fuser_lr 1e-4"; fi # the paper's rate of the fuser
 
 deepspeed llava/train/train_mem.py \
+    $RATES \
     --deepspeed ./scripts/zero2.json \
     --model_name_or_path "$MODEL" \
     --version plain \
@@ -32,7 +35,6 @@ deepspeed llava/train/train_mem.py \
     --save_strategy steps \
     --save_steps 24000 \
     --save_total_limit 1 \
-    --learning_rate 1e-3 \
     --weight_decay 0. \
     --warmup_ratio 0.03 \
     --lr_scheduler_type cosine \

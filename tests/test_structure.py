@@ -11,18 +11,21 @@ from llava_mmfuser.llava_patch import PATCHES
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "llava_mmfuser"
 LEVELS = {
-    "llava_patch": 5,
-    "__main__": 6,
-    "__init__": 7,
-    "projector": 4,
+    "__init__": 9,
+    "__main__": 8,
+    "llava_patch": 7,
+    "trainer": 6,
+    "projector": 5,
+    "convert": 5,
     "vision": 4,
-    "checkpoint": 3,
+    "checkpoint": 4,
     "fuser": 3,
     "attention": 2,
     "ops": 1,
     "resettable": 0,
     "config": 0,
     "activation": 0,
+    "patching": 0,
 }
 
 
@@ -75,7 +78,7 @@ def test_sources_parse_on_python_3_8():
 def test_readme_lists_exactly_what_is_patched():
     readme = (ROOT / "README.md").read_text()
     rows = [line for line in readme.splitlines() if line.startswith("| `") and ":" in line.split("`")[1]]
-    assert rows == [f"| `{row.target}` | {row.reason} |" for row in PATCHES]
+    assert rows == [f"| `{row.target}` | {row.reason} |" for row in sum(PATCHES.values(), ())]
 
 
 @pytest.mark.parametrize("script", ["pretrain.sh", "finetune.sh"])
@@ -84,8 +87,10 @@ def test_launch_scripts_are_understood_by_upstreams_parser(world, tmp_path, scri
     """Run them with a `deepspeed` that prints its arguments, and parse those with LLaVA's own argument classes."""
     import host
     import llava.train.train as upstream
+    import torch
     import transformers
 
+    torch.save({"model.mm_projector.0.weight": torch.zeros(1)}, tmp_path / "mm_projector.bin")
     stub = tmp_path / "deepspeed"
     stub.write_text('#!/bin/bash\nprintf "%s\\n" "$@"\n')
     stub.chmod(0o755)
@@ -93,6 +98,7 @@ def test_launch_scripts_are_understood_by_upstreams_parser(world, tmp_path, scri
         PATH=f"{tmp_path}:{host.os.environ['PATH']}",
         OUTPUT=str(tmp_path / "out"),
         VISION_TOWER=str(world / "clip"),
+        ADAPTER=str(tmp_path / "mm_projector.bin"),
         **settings,
     )
     done = subprocess.run(["bash", ROOT / "scripts" / script], env=env, text=True, stdout=subprocess.PIPE, check=True)
@@ -110,6 +116,7 @@ def test_launch_scripts_are_understood_by_upstreams_parser(world, tmp_path, scri
     assert model.mm_projector_type == "mmfuser" and model.mm_vision_select_layer == -2
     assert model.model_name_or_path == f"lmsys/vicuna-{settings.get('SIZE', '7b')}-v1.5"
     pretrain = script == "pretrain.sh"
+    assert model.mm_fuser_lr == (1e-4 if pretrain and settings.get("SIZE") == "13b" else None)
     assert model.tune_mm_mlp_adapter == pretrain and training.weight_decay == 0
     assert training.per_device_train_batch_size * 8 == (256 if pretrain else 128)
     lora = not pretrain and "LORA" in settings

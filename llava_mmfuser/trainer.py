@@ -1,0 +1,208 @@
+"""What training adds for the fuser: its own learning rate, its gates in the logs, checkpoints that can be resumed.
+
+Functions whose first argument is `original` are put in the place of what `llava_patch` names; without a fuser in the
+model they do nothing but call it.
+"""
+
+import contextlib
+import functools
+import os
+from typing import Any, ContextManager, Dict, Iterable, Iterator, Optional, Tuple
+
+import torch
+from torch import nn
+
+from .checkpoint import read_tensors, save_tensors
+from .fuser import MMFuser
+from .projector import MMFuserProjector
+from .resettable import Gate, LayerNorm
+
+
+def find_projector(model: nn.Module) -> Optional[MMFuserProjector]:
+    """The projector with fuser inside a model, wrapped by PEFT or not; None where there is none."""
+    return next((module for module in model.modules() if isinstance(module, MMFuserProjector)), None)
+
+
+def gathered(parameters: Iterable[nn.Parameter], modifier_rank: Optional[int] = None) -> ContextManager:
+    """Context in which parameters are whole, also under ZeRO-3; every rank must enter it.
+
+    Args:
+        parameters: any parameters.
+        modifier_rank: rank whose changes all others receive on leaving, None if nothing is changed.
+    """
+    partitioned = [parameter for parameter in parameters if hasattr(parameter, "ds_id")]
+    if not partitioned:
+        return contextlib.nullcontext()
+    import deepspeed
+
+    return deepspeed.zero.GatheredParameters(partitioned, modifier_rank=modifier_rank)
+
+
+def regroup(optimizer: torch.optim.Optimizer, fuser: MMFuser, lr: Optional[float]) -> None:
+    """Give the fuser its own learning rate, and its gates, norms and biases no weight decay, before the first step.
+
+    Args:
+        optimizer: holds every trainable parameter once; the fuser's move to groups of their own.
+        fuser: the block.
+        lr: its learning rate; None leaves that of the group which upstream put it in.
+
+    Raises:
+        ValueError: a learning rate for a fuser that is not trained.
+    """
+    ours = {id(parameter) for parameter in fuser.parameters()}
+    undecayed = {
+        id(parameter)
+        for module in fuser.modules()
+        for name, parameter in module.named_parameters(recurse=False)
+        if name == "bias" or isinstance(module, (Gate, LayerNorm))
+    }
+    added: Dict[Tuple[float, float], Dict[str, Any]] = {}
+    for group in optimizer.param_groups:
+        for parameter in [parameter for parameter in group["params"] if id(parameter) in ours]:
+            settings = {name: value for name, value in group.items() if name != "params"}
+            settings["lr"] = group["lr"] if lr is None else lr
+            settings["weight_decay"] = 0.0 if id(parameter) in undecayed else group["weight_decay"]
+            key = settings["lr"], settings["weight_decay"]
+            added.setdefault(key, {**settings, "params": []})["params"].append(parameter)
+        group["params"] = [parameter for parameter in group["params"] if id(parameter) not in ours]
+    if lr is not None and not added:
+        raise ValueError(
+            f"mm_fuser_lr={lr}, but the fuser is not trained (freeze_mm_mlp_adapter?); drop one of the flags"
+        )
+    # DeepSpeed does not flatten empty groups
+    optimizer.param_groups[:] = [group for group in optimizer.param_groups if group["params"]]
+    for group in added.values():
+        optimizer.add_param_group(group)
+
+
+def gate_means(fuser: MMFuser) -> Dict[str, float]:
+    """Mean absolute value of each gate, 0 while the fuser is an identity; under ZeRO-3 every rank must call it."""
+    gates = {name: module.scale for name, module in fuser.named_modules() if isinstance(module, Gate)}
+    with gathered(gates.values()):
+        return {f"mm_fuser_{name}": scale.detach().float().abs().mean().item() for name, scale in gates.items()}
+
+
+def _trainables(model: nn.Module) -> Iterator[Tuple[str, nn.Parameter]]:
+    """What is trained besides LoRA, as upstream's ``non_lora_trainables.bin``."""
+    return ((name, value) for name, value in model.named_parameters() if value.requires_grad and "lora_" not in name)
+
+
+def save_trainables(model: nn.Module, path: str, write: bool) -> None:
+    """Save what is trained besides LoRA; under ZeRO-3 every rank must call it.
+
+    Args:
+        model: as the Trainer holds it.
+        path: the file, replaced in one step.
+        write: whether this rank writes.
+    """
+    state = {}
+    for name, parameter in _trainables(model):
+        with gathered([parameter]):
+            if write:
+                state[name] = parameter.detach().cpu().clone()
+    if write:
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        save_tensors(state, path)
+
+
+def load_trainables(model: nn.Module, path: str) -> None:
+    """Load what `save_trainables` saved.
+
+    Raises:
+        ValueError: no such file, an unreadable one, or one that does not hold exactly what is trained now.
+    """
+    state, wanted = read_tensors(path), dict(_trainables(model))
+    missing, unexpected = sorted(wanted.keys() - state.keys()), sorted(state.keys() - wanted.keys())
+    if missing or unexpected:
+        raise ValueError(
+            f"{path} does not belong to this run: missing {', '.join(missing) or 'nothing'}, "
+            f"unexpected {', '.join(unexpected) or 'nothing'}; resume with the flags of the interrupted run"
+        )
+    with torch.no_grad():
+        for name, parameter in wanted.items():
+            parameter.copy_(state[name])
+
+
+def create_optimizer(original, self):
+    created, optimizer = self.optimizer is None, original(self)
+    projector = find_projector(self.model)
+    if created and projector is not None:
+        regroup(optimizer, projector.fuser, getattr(self.model.config, "mm_fuser_lr", None))
+    return optimizer
+
+
+def deepspeed_init(original, self, *args, **kwargs):
+    lr = getattr(self.model.config, "mm_fuser_lr", None)
+    if lr is not None and "optimizer" in self.accelerator.state.deepspeed_plugin.hf_ds_config.config:
+        raise ValueError(
+            f"mm_fuser_lr={lr}, but the DeepSpeed configuration has an optimizer of its own, which has one learning "
+            f"rate; drop its section 'optimizer' (LLaVA's own configurations have none) or the flag"
+        )
+    return original(self, *args, **kwargs)
+
+
+def log(original, self, logs, *args, **kwargs):
+    projector = find_projector(self.model) if "loss" in logs else None
+    if projector is not None and projector.log_gates:
+        logs.update(gate_means(projector.fuser))
+    return original(self, logs, *args, **kwargs)
+
+
+# Checkpoints in the middle of a run. Upstream's cannot be resumed in stage 1 (only the projector is saved, no state of
+# the optimizer), and with LoRA they lack all that is trained besides LoRA, here the MLP and the fuser.
+ADAPTER, NON_LORA = "mm_projector.bin", "non_lora_trainables.bin"
+
+
+def _trainables_file(model: nn.Module) -> Optional[str]:
+    """The file in a checkpoint for what is trained besides LoRA; None for a full finetune or without a fuser."""
+    if find_projector(model) is None:
+        return None
+    if getattr(model.config, "tune_mm_mlp_adapter", False):
+        return ADAPTER
+    return NON_LORA if hasattr(model, "peft_config") else None
+
+
+def save_checkpoint(original, self, model, trial, metrics=None):
+    if _trainables_file(self.model) != ADAPTER:
+        return original(self, model, trial, metrics=metrics)
+    from transformers import Trainer
+
+    engine = self.model_wrapped
+    trained_only = self.is_deepspeed_enabled and _replaced(engine, "save_checkpoint", exclude_frozen_parameters=True)
+    with trained_only or contextlib.nullcontext():
+        return Trainer._save_checkpoint(self, model, trial, metrics=metrics)
+
+
+def save_model(original, self, output_dir=None, _internal_call=False):
+    file = _trainables_file(self.model) if _internal_call else None
+    if file != ADAPTER:
+        original(self, output_dir, _internal_call=_internal_call)
+    if file is not None:
+        save_trainables(self.model, os.path.join(output_dir, file), self.args.should_save)
+        if self.args.should_save:
+            self.model.config.save_pretrained(output_dir)
+
+
+def load_from_checkpoint(original, self, resume_from_checkpoint, model=None):
+    file = _trainables_file(self.model)
+    if file != ADAPTER:
+        original(self, resume_from_checkpoint, model)
+    if file is not None:
+        load_trainables(self.model, os.path.join(resume_from_checkpoint, file))
+
+
+def deepspeed_load_checkpoint(original, deepspeed_engine, checkpoint_path, *args, **kwargs):
+    if _trainables_file(deepspeed_engine.module) is None:
+        return original(deepspeed_engine, checkpoint_path, *args, **kwargs)
+    with _replaced(deepspeed_engine, "load_checkpoint", load_module_strict=False):  # frozen weights are not in it
+        return original(deepspeed_engine, checkpoint_path, *args, **kwargs)
+
+
+@contextlib.contextmanager
+def _replaced(instance: Any, method: str, **arguments: Any) -> Iterator[None]:
+    """Within this context the method has these arguments set."""
+    setattr(instance, method, functools.partial(getattr(instance, method), **arguments))
+    try:
+        yield
+    finally:
+        delattr(instance, method)
