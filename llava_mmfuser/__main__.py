@@ -1,12 +1,15 @@
-"""Command line: ``python -m llava_mmfuser status`` and ``python -m llava_mmfuser run <script or module> …``."""
+"""Command line: ``python -m llava_mmfuser status | run | inspect | convert | upgrade``; ``--help`` says more."""
 
 import argparse
+import dataclasses
 import os
 import runpy
 import sys
-from typing import List
+import warnings
+from typing import Any, Callable, List
 
 from . import activation
+from .config import FLAG_PREFIX, MMFuserConfig
 
 
 def main() -> int:
@@ -16,8 +19,93 @@ def main() -> int:
     run = commands.add_parser("run", help="run a LLaVA script (path) or module (dotted name) with the hook on")
     run.add_argument("target", help="such as llava/train/train_mem.py or llava.serve.cli")
     run.add_argument("arguments", nargs=argparse.REMAINDER, help="passed on unchanged")
+    _add_checkpoint_commands(commands)
     options = parser.parse_args()
-    return _status() if options.command == "status" else _run(options.target, options.arguments)
+    if options.command == "status":
+        return _status()
+    if options.command == "run":
+        return _run(options.target, options.arguments)
+    return _reporting_errors(options.command, _CHECKPOINT_COMMANDS[options.command], options)
+
+
+def _add_checkpoint_commands(commands: Any) -> None:
+    text = "show what a checkpoint folder or an adapter file holds and whether it loads (exit code 0 or 1)"
+    inspect = commands.add_parser("inspect", help=text, description=text)
+    inspect.add_argument("path", help="folder of a checkpoint, adapter or LoRA, or an adapter file")
+    text = "rewrite a checkpoint, adapter or LoRA folder of the authors' fork in this package's format, or back"
+    convert = commands.add_parser("convert", help=text, description=text)
+    text = "put a fresh fuser, which is the identity, in front of a released LLaVA (checkpoint, adapter or LoRA folder)"
+    upgrade = commands.add_parser("upgrade", help=text, description=text)
+    for command in (convert, upgrade):
+        command.add_argument("input", metavar="IN", help="folder to read; it is never changed")
+        command.add_argument("output", metavar="OUT", help="folder to make; it must not exist")
+        command.add_argument(
+            "--link",
+            action="store_true",
+            help="hard-link weight files that stay as they are. By default they are copied (sharing blocks where the "
+            "file system can), because LLaVA's saving overwrites files in place: training into OUT would then damage "
+            "a linked IN, too.",
+        )
+    convert.add_argument("--to", choices=["authors"], help="write the authors' format. If not given: this package's.")
+    upgrade.add_argument(
+        "--vision-tower", metavar="PATH", help="where to read the tower's config. If not given: mm_vision_tower of IN."
+    )
+    for setting in dataclasses.fields(MMFuserConfig):
+        kind = {bool: {"type": _boolean, "nargs": "?", "const": True}, int: {"type": int}}.get(setting.type, {})
+        upgrade.add_argument(
+            "--" + FLAG_PREFIX + setting.name, dest=setting.name, help=setting.metadata["help"], **kind
+        )
+
+
+def _boolean(text: str) -> bool:
+    if text.lower() not in ("true", "false"):
+        raise argparse.ArgumentTypeError(f"{text!r} is not allowed; use True or False")
+    return text.lower() == "true"
+
+
+def _inspect(options: argparse.Namespace) -> int:
+    from .inspection import inspect
+
+    lines, reason = inspect(options.path)
+    verdict = "loads: yes" if reason is None else "loads: no, " + " ".join(reason.split())
+    sys.stdout.write("\n".join(lines + [verdict]) + "\n")
+    return 0 if reason is None else 1
+
+
+def _convert(options: argparse.Namespace) -> int:
+    from .convert import convert
+
+    sys.stdout.write("\n".join(convert(options.input, options.output, options.to == "authors", options.link)) + "\n")
+    return 0
+
+
+def _upgrade(options: argparse.Namespace) -> int:
+    from .convert import upgrade
+
+    given = {setting.name: getattr(options, setting.name) for setting in dataclasses.fields(MMFuserConfig)}
+    settings = {name: value for name, value in given.items() if value is not None}
+    notes = upgrade(options.input, options.output, options.link, options.vision_tower, settings)
+    sys.stdout.write("\n".join(notes) + "\n")
+    return 0
+
+
+_CHECKPOINT_COMMANDS = {"inspect": _inspect, "convert": _convert, "upgrade": _upgrade}
+
+
+def _reporting_errors(command: str, function: Callable[[argparse.Namespace], int], options: argparse.Namespace) -> int:
+    """Run a command; what is wrong with its input is one line on stderr, and exit code 1."""
+    warnings.simplefilter("ignore")  # of libraries about themselves
+    try:
+        return function(options)
+    except KeyboardInterrupt:
+        sys.stderr.write(f"python -m llava_mmfuser {command}: interrupted; the same command again goes on from here\n")
+        return 130
+    except OSError as error:
+        reason = f"{error.strerror or error}" + (f": {error.filename}" if error.filename else "")
+    except ValueError as error:
+        reason = str(error)
+    sys.stderr.write(f"python -m llava_mmfuser {command}: error: {' '.join(reason.split())}\n")
+    return 1
 
 
 def _run(target: str, arguments: List[str]) -> int:

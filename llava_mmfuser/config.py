@@ -8,6 +8,7 @@ from typing import Any, Callable, Dict, List, Optional, Tuple, Union
 PROJECTOR_TYPE = "mmfuser"
 NUM_UNIFORM_LAYERS = 5
 ATTENTION_KINDS = ("deformable",)
+CLIP_TYPES = ("clip", "clip_vision_model")  # model_type of the vision towers that can be hooked
 SPELLINGS = '-2, 3,8,13,18,23, =-22,-17,-12,-7,-2, "3 8 13 18 23", [3,8,13,18,23] or list-22/-17/-12/-7/-2'
 
 Layers = Union[int, Tuple[int, ...]]

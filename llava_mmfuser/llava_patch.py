@@ -19,7 +19,6 @@ from typing import Any, Dict, List, Optional, Sequence, Tuple
 from . import trainer
 from .checkpoint import (
     convert_hint,
-    expected_shapes,
     is_authors_config,
     matching_adapter,
     missing_fuser_keys,
@@ -27,6 +26,7 @@ from .checkpoint import (
     read_config,
 )
 from .config import (
+    CLIP_TYPES,
     PROJECTOR_TYPE,
     MMFuserConfig,
     check_arguments,
@@ -35,6 +35,7 @@ from .config import (
     resolve_layers,
     with_fuser_flags,
 )
+from .inspection import projector_shapes
 from .ops import select_implementation
 from .patching import Patch, check_row, replace, restore
 from .projector import MMFuserProjector
@@ -42,7 +43,6 @@ from .resettable import Resettable, materialize
 from .vision import SELECT_FEATURES, capture_layers, concat_layers
 
 logger = logging.getLogger("llava_mmfuser")
-_CLIP_TYPES = ("clip", "clip_vision_model")
 
 
 def _tower_init(original, self, vision_tower, args, delay_load=False):
@@ -381,7 +381,7 @@ def _resolve(args: Any, vision_tower: str) -> MMFuserConfig:
     if getattr(args, "s2", False):
         raise ValueError(f"s2=True together with mm_projector_type={PROJECTOR_TYPE} is not supported; set s2 to False")
     model_type = PretrainedConfig.get_config_dict(vision_tower)[0].get("model_type")
-    if model_type not in _CLIP_TYPES:
+    if model_type not in CLIP_TYPES:
         raise ValueError(
             f"vision_tower={vision_tower!r} has model_type={model_type!r}, but mm_projector_type="
             f"{PROJECTOR_TYPE} needs a CLIP tower, such as openai/clip-vit-large-patch14-336"
@@ -443,7 +443,7 @@ def _check_checkpoint(model_path: str, model_base: Optional[str], model_name: st
     adapter = find("non_lora_trainables.bin" if is_lora else "mm_projector.bin")
     if adapter is not None:
         settings = MMFuserConfig.from_llava(SimpleNamespace(**config))
-        matching_adapter(adapter, settings, expected_shapes(settings, config["mm_hidden_size"], config["hidden_size"]))
+        matching_adapter(adapter, settings, projector_shapes(config, settings))
 
 
 def _kept_settings(model: Any, model_args: Any) -> MMFuserConfig:

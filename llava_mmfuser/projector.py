@@ -93,7 +93,8 @@ class MMFuserProjector(Resettable, nn.Module):
         fuser = {"fuser." + name for name, _ in self.fuser.named_parameters()}
         self.num_loaded = len(fuser & shapes.keys()) if shapes else None
         # A shard of a whole model may hold any part of the projector; an adapter must hold all of it.
-        self._problems = compare(shapes, self.shapes()) if all(MARK in prefix + key for key in state_dict) else None
+        whole = shapes and all(MARK in key for key in state_dict) or prefix == ""
+        self._problems = compare(shapes, self.shapes()) if whole else None
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     @staticmethod

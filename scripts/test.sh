@@ -11,8 +11,8 @@ envs=${TEST_ENVS:-.test}
 python=${PYTHON:-python3}
 llava=llava-torch==1.2.2.post1
 common="transformers==4.37.2 tokenizers==0.15.1 numpy<2 sentencepiece einops pillow requests scikit-learn scikit-image
-        matplotlib pytest setuptools<81 wheel"
-new="torch==2.13.0 accelerate==0.34.2 peft<0.12 deepspeed==0.16.9 ruff $common"
+        matplotlib pytest pytest-xdist setuptools<81 wheel"
+new="torch==2.13.0 accelerate==0.34.2 peft<0.12 deepspeed==0.16.9 bitsandbytes==0.50.2 ruff $common"
 pinned="torch==2.1.2 accelerate==0.21.0 peft==0.10.0 deepspeed==0.12.6 $common"
 
 if [ "$stack" != pinned ] && ! command -v numactl >/dev/null && command -v apt-get >/dev/null; then
@@ -42,7 +42,7 @@ run() { # name, requirements, pytest arguments
         "$envs/$name/bin/ruff" check --quiet llava_mmfuser scripts tests setup.py
     fi
     echo "== $name: tests"
-    "$envs/$name/bin/python" -m pytest -p no:cacheprovider -ra --durations=5 "$@" tests
+    "$envs/$name/bin/python" -m pytest -n 2 --dist loadfile -p no:cacheprovider -ra --durations=5 "$@" tests
 }
 
 if [ "$stack" != pinned ]; then run new "$new" "$@"; fi

@@ -15,6 +15,7 @@ def pytest_configure(config):
     config.addinivalue_line(
         "markers", "deepspeed_cpu: needs DeepSpeed on the CPU, where 0.12.6 wants Intel's extension"
     )
+    config.addinivalue_line("markers", "bitsandbytes: 4 and 8 bits on the CPU")
     config.addinivalue_line("markers", "gloo_bf16: two ranks on the CPU in bf16")
     config.addinivalue_line("markers", "gpu: needs a CUDA device")
 
@@ -24,6 +25,7 @@ def pytest_collection_modifyitems(items):
         "gloo_bf16": (TORCH < (2, 2), "gloo in torch 2.1 cannot broadcast bf16, and fp16 does not run on the CPU"),
         "fp16_cpu": (TORCH < (2, 2), "fp16 matrix products on the CPU need torch >= 2.2"),
         "deepspeed_cpu": (TORCH < (2, 2), "DeepSpeed 0.12.6 on the CPU needs intel_extension_for_pytorch"),
+        "bitsandbytes": (TORCH < (2, 4), "bitsandbytes with kernels for the CPU needs a newer torch"),
         "gpu": (not torch.cuda.is_available(), "no CUDA device"),
     }
     for item in items:

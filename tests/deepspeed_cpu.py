@@ -22,7 +22,34 @@ for _name in ("all_gather_into_tensor", "reduce_scatter_tensor", "all_reduce", "
     if hasattr(dist, _name):
         setattr(dist, _name, _waiting(getattr(dist, _name)))
 
+_initialize = deepspeed.initialize
+
+
+def _initialize_and_say(*args, **kwargs):
+    made = _initialize(*args, **kwargs)
+    print("trains under ZeRO stage", made[0].zero_optimization_stage(), flush=True)
+    return made
+
+
+deepspeed.initialize = _initialize_and_say
+
+
+def _compare_ranks(trainer):
+    """Raise unless every trained weight is the same on all ranks."""
+    for name, parameter in trainer.model.named_parameters():
+        if parameter.requires_grad:
+            with deepspeed.zero.GatheredParameters([parameter], enabled=hasattr(parameter, "ds_id")):
+                mine = parameter.detach().float().contiguous()
+                others = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
+                dist.all_gather(others, mine)
+                assert mine.numel() and all(torch.equal(mine, other) for other in others), name
+    print("weights are the same on all ranks", flush=True)
+
+
 if __name__ == "__main__":
+    from llava.train.llava_trainer import LLaVATrainer
     from llava.train.train import train
 
+    save_state = LLaVATrainer.save_state
+    LLaVATrainer.save_state = lambda self: (_compare_ranks(self), save_state(self))
     train()

@@ -2,6 +2,7 @@
 
 import json
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -90,6 +91,41 @@ def train(world, output, stage="pretrain", launcher=None, env=None, check=True, 
     """Train through upstream's train.py; `launcher` is what stands before the script (default: this Python)."""
     command = (launcher or [sys.executable]) + [train_py()] + train_arguments(world, output, stage, **options)
     return run(command, env=env, check=check)
+
+
+def free_port():
+    """A TCP port that nobody listens on."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
+def zero(folder, stage):
+    """Write upstream's ZeRO configuration, with whole numbers for the bucket sizes, which newer pydantic demands."""
+    settings = {"stage": stage, "overlap_comm": False, "contiguous_gradients": True, "reduce_bucket_size": 500000}
+    if stage == 3:
+        settings.update(
+            stage3_prefetch_bucket_size=50000,
+            stage3_param_persistence_threshold=1000,
+            stage3_gather_16bit_weights_on_model_save=True,
+        )
+    auto = dict.fromkeys(("train_micro_batch_size_per_gpu", "train_batch_size", "gradient_accumulation_steps"), "auto")
+    file = Path(folder) / f"zero{stage}.json"
+    file.write_text(json.dumps({**auto, "bf16": {"enabled": "auto"}, "zero_optimization": settings}))
+    return file
+
+
+def deepspeed(world, output, configuration, stage="pretrain", **options):
+    """As `train`, by DeepSpeed's launcher with two ranks on the CPU."""
+    options.setdefault("use_cpu", None)  # with --use_cpu, accelerate does not use DeepSpeed at all
+    launcher = [Path(sys.executable).with_name("deepspeed"), "--num_gpus", "2", "--master_port", free_port()]
+    arguments = train_arguments(world, output, stage, deepspeed=configuration, **options)
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    env = environment(DS_ACCELERATOR="cpu", PATH=path)
+    done = run(launcher + [ROOT / "tests" / "deepspeed_cpu.py"] + arguments, env=env)
+    stage = json.loads(Path(configuration).read_text())["zero_optimization"]["stage"]
+    assert done.stdout.count(f"trains under ZeRO stage {stage}") == 2, done.stdout[-3000:]
+    return done
 
 
 def losses(output):

@@ -16,7 +16,9 @@ LEVELS = {
     "llava_patch": 7,
     "trainer": 6,
     "projector": 5,
-    "convert": 5,
+    "convert": 7,
+    "writing": 6,
+    "inspection": 5,
     "vision": 4,
     "checkpoint": 4,
     "fuser": 3,
@@ -39,7 +41,8 @@ def imports(path):
             up = len(path.relative_to(PACKAGE).parts) if node.level else 0
             if node.level and node.level == up:
                 for name in [node.module] if node.module else [alias.name for alias in node.names]:
-                    yield name, True
+                    if name != "__version__":
+                        yield name, True
             elif not node.level:
                 yield node.module, node.module.split(".")[0] == "llava_mmfuser"
 

@@ -1,0 +1,409 @@
+"""What a checkpoint folder holds: reading its config, index and the names of its weights, and `inspect`.
+
+Files are read as transformers and LLaVA would: safetensors before ``.bin``, one file before shards, then adapters. Only
+headers are read; a ``.bin`` is memory-mapped. Nothing here writes or downloads.
+"""
+
+import contextlib
+import dataclasses
+import json
+import os
+import re
+import zipfile
+from types import SimpleNamespace
+from typing import Any, Dict, Iterable, Iterator, List, Mapping, NamedTuple, Optional, Tuple
+
+import torch
+
+from .checkpoint import (
+    MARK,
+    Shapes,
+    compare,
+    convert_hint,
+    describe,
+    expected_shapes,
+    from_published,
+    is_authors_config,
+    is_published,
+    read_config,
+    read_tensors,
+    to_published,
+)
+from .config import CLIP_TYPES, FLAG_PREFIX, PROJECTOR_TYPE, MMFuserConfig, layers_setting, resolve_layers, spell
+
+_MODELS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
+_ADAPTERS = ("mm_projector.bin", "non_lora_trainables.bin")
+MODEL = "the model"
+LORA = ("adapter_model.safetensors", "adapter_model.bin")
+_LEFT_OUT = re.compile(
+    r"(model|pytorch_model)(-.*)?\.(safetensors|bin)(\.index\.json)?|(tf|flax)_model.*|(optimizer|scheduler|rng_state).*"
+)
+DTYPES = {"F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64": "float64"}
+
+
+class Weight(NamedTuple):
+    """Where one tensor lies (file in the checkpoint's folder, full name), with its dtype and shape."""
+
+    file: str
+    name: str
+    dtype: str
+    shape: Tuple[int, ...]
+
+
+class Checkpoint(NamedTuple):
+    """A folder as transformers and LLaVA would read it."""
+
+    folder: str
+    config: Dict[str, Any]
+    shards: List[str]  # the whole model's files, in loading order; none in an adapter or LoRA folder
+    index: Optional[Dict[str, Any]]
+    adapters: List[str]  # other files that may hold the projector
+    weights: Dict[str, List[Weight]]  # of every file in shards and adapters
+    others: List[str]  # copied as they are
+    left_out: List[str]
+
+    def path(self, file: str) -> str:
+        """Where a file of the folder lies."""
+        return os.path.join(self.folder, file)
+
+    def projectors(self) -> Dict[str, Dict[str, Weight]]:
+        """For the model and for each adapter that has any: weights by their name behind ``mm_projector.``."""
+        sources = {MODEL: self.shards, **{file: [file] for file in self.adapters}}
+        found = {
+            label: projector_weights(w for f in files for w in self.weights[f]) for label, files in sources.items()
+        }
+        return {label: weights for label, weights in found.items() if weights}
+
+    def format(self) -> str:
+        """``ours``, ``authors``, ``llava`` (no fuser) or ``other``."""
+        if self.config.get("mm_projector_type") == PROJECTOR_TYPE:
+            return "ours"
+        if is_authors_config(self.config) or any(map(is_published, self.projectors().values())):
+            return "authors"
+        return "llava" if {"mm_vision_tower", "mm_projector_type"} & set(self.config) else "other"
+
+
+def read_checkpoint(folder: str) -> Checkpoint:
+    """Read the config, the index and the names, dtypes and shapes of all weights of a checkpoint folder.
+
+    Raises:
+        ValueError: no folder, no or bad config.json or index, a shard that is absent, a weight file that is truncated,
+            of another format or holds other Python objects, an index that contradicts its shards, or no weights.
+    """
+    if not os.path.isdir(folder):
+        raise ValueError(f"{folder} is not a folder; name the folder of a checkpoint that is on this machine")
+    config = read_config(folder)
+    if not isinstance(config, dict):
+        what = "no config.json" if config is None else "a config.json that is not a JSON object"
+        raise ValueError(f"{folder} has {what}; name the folder in which LLaVA saved the weights and config.json")
+    entries = sorted(os.listdir(folder))
+    files = [name for name in entries if os.path.isfile(os.path.join(folder, name))]
+    unreadable = [name for name in files if not os.access(os.path.join(folder, name), os.R_OK)]
+    if unreadable:
+        raise ValueError(f"{os.path.join(folder, unreadable[0])} cannot be read; check its permissions")
+    model = next((name for name in _MODELS if name in files), None)
+    index, shards = None, [model] if model else []
+    if model and model.endswith(".json"):
+        index, shards = _read_index(folder, model)
+    adapters = [name for name in _ADAPTERS if name in files]
+    if not shards and not adapters:
+        raise ValueError(f"{folder} has no weights; looked for {', '.join(_MODELS + _ADAPTERS)}")
+    if "adapter_config.json" in files and not set(LORA) & set(files):
+        raise ValueError(f"{folder} has an adapter_config.json, but neither {' nor '.join(LORA)}; copy it again")
+    weights = {file: read_weights(folder, file) for file in shards + adapters}
+    for file in shards if index else []:
+        listed = {name for name, shard in index["weight_map"].items() if shard == file}
+        differing = sorted(listed ^ {weight.name for weight in weights[file]})
+        if differing:
+            raise ValueError(
+                f"{os.path.join(folder, model)} and {file} disagree about {', '.join(differing[:3])} "
+                f"({len(differing)} tensors); the files belong to different checkpoints, so copy them again"
+            )
+    used = {*shards, *adapters, model, "config.json"}
+    left_out = [name for name in files if name not in used and _LEFT_OUT.fullmatch(name)]
+    others = [name for name in files if name not in used and name not in left_out]
+    folders = [name + "/" for name in entries if os.path.isdir(os.path.join(folder, name))]
+    return Checkpoint(folder, config, shards, index, adapters, weights, others, left_out + folders)
+
+
+def _read_index(folder: str, name: str) -> Tuple[Dict[str, Any], List[str]]:
+    path = os.path.join(folder, name)
+    with open(path, encoding="utf-8") as stream:
+        try:
+            index = json.load(stream)
+        except ValueError as error:
+            raise ValueError(f"{path} is not JSON: {error}") from error
+    if not isinstance(index, dict) or not all(isinstance(index.get(key), dict) for key in ("metadata", "weight_map")):
+        raise ValueError(f"{path} is not an index of shards: it needs the objects 'metadata' and 'weight_map'")
+    shards = sorted({str(shard) for shard in index["weight_map"].values()})
+    for shard in shards:
+        if os.path.basename(shard) != shard or not shard.endswith((".safetensors", ".bin")):
+            raise ValueError(f"{path} names the shard {shard!r}; only weight files in the same folder are allowed")
+        if not os.path.isfile(os.path.join(folder, shard)):
+            raise ValueError(f"{path} names the shard {shard}, which is not there; download or copy it again")
+    return index, shards
+
+
+def read_weights(folder: str, file: str) -> List[Weight]:
+    """Names, dtypes and shapes of the tensors in a safetensors or ``.bin`` file, in its order.
+
+    Raises:
+        ValueError: see `read_header` and `load_bin`.
+    """
+    path = os.path.join(folder, file)
+    if file.endswith(".safetensors"):
+        entries = [(name, entry) for name, entry in read_header(path)[0].items() if name != "__metadata__"]
+        return [Weight(file, name, DTYPES.get(e["dtype"], e["dtype"]), tuple(e["shape"])) for name, e in entries]
+    state = load_bin(path)
+    return [Weight(file, name, str(t.dtype).replace("torch.", ""), tuple(t.shape)) for name, t in state.items()]
+
+
+def read_header(path: str) -> Tuple[Dict[str, Any], int]:
+    """The JSON header of a safetensors file, and where its data begin, in bytes.
+
+    Raises:
+        ValueError: not a safetensors file, or one whose length is not what its header says.
+    """
+    size = os.path.getsize(path)
+    with open(path, "rb") as stream:
+        length = int.from_bytes(stream.read(8), "little")
+        try:
+            if size < 8 or length > size - 8:
+                raise ValueError(f"its header would take {length} bytes")
+            header = json.loads(stream.read(length).decode("utf-8"))
+            entries = [entry for name, entry in header.items() if name != "__metadata__"]
+            end = 8 + length + max([entry["data_offsets"][1] for entry in entries], default=0)
+            if not all(isinstance(entry["dtype"], str) and isinstance(entry["shape"], list) for entry in entries):
+                raise ValueError("its header has other entries than tensors")
+        except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+            raise ValueError(
+                f"{path} ({size} bytes) is not a complete safetensors file: {error}; download or copy it again"
+            ) from error
+    if end != size:
+        raise ValueError(
+            f"{path} has {size} bytes, but its header says {end}: it is truncated or damaged; download or copy it again"
+        )
+    return header, 8 + length
+
+
+def load_bin(path: str) -> Dict[str, torch.Tensor]:
+    """As `read_tensors`, memory-mapped where the file's format allows."""
+    if zipfile.is_zipfile(path):
+        with contextlib.suppress(Exception):  # `read_tensors` finds the same fault, and says what to do
+            state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+            if isinstance(state, dict) and all(isinstance(value, torch.Tensor) for value in state.values()):
+                return state
+    return read_tensors(path)
+
+
+def tower_config(name: str, local_files_only: bool = False) -> Any:
+    """The `CLIPVisionConfig` of a vision tower (folder or name on the hub); its weights are not read.
+
+    Raises:
+        ValueError: it cannot be found, or is no CLIP tower.
+    """
+    from transformers import CLIPVisionConfig, PretrainedConfig
+
+    try:
+        kind = PretrainedConfig.get_config_dict(name, local_files_only=local_files_only)[0].get("model_type")
+        if kind in CLIP_TYPES:
+            return CLIPVisionConfig.from_pretrained(name, local_files_only=local_files_only)
+    except OSError as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"the config of the vision tower {name!r} cannot be read: {reason}") from error
+    raise ValueError(f"the vision tower {name!r} has model_type={kind!r}; a fuser needs a CLIP tower")
+
+
+def projector_shapes(config: Mapping[str, Any], settings: MMFuserConfig) -> Shapes:
+    """`expected_shapes` with the widths in a config.json.
+
+    Raises:
+        ValueError: the config lacks a width, or has one that the heads do not divide.
+    """
+    for name in ("mm_hidden_size", "hidden_size"):
+        if not isinstance(config.get(name), int):
+            raise ValueError(f"{name}={config.get(name)!r} in config.json is not allowed; it must be a width, an int")
+    return expected_shapes(settings, config["mm_hidden_size"], config["hidden_size"])
+
+
+def local_tower(config: Mapping[str, Any]) -> Optional[Any]:
+    """The config of a checkpoint's vision tower, or None where it is not on this machine."""
+    try:
+        return tower_config(str(config.get("mm_vision_tower")), local_files_only=True)
+    except ValueError:
+        return None
+
+
+def settings_of(config: Mapping[str, Any]) -> MMFuserConfig:
+    """The fuser's settings in a config.json of any format; of plain LLaVA only the projector means something.
+
+    Raises:
+        ValueError: a setting that is not allowed.
+    """
+    if config.get("mm_projector_type") == PROJECTOR_TYPE:
+        return MMFuserConfig.from_llava(SimpleNamespace(**config))
+    projector = config.get("mm_projector_type", "linear")
+    if is_authors_config(config):
+        return MMFuserConfig(layers=config["mm_vision_select_layer"], projector=projector)
+    return MMFuserConfig(projector=projector)
+
+
+def check_layers(config: Mapping[str, Any], settings: MMFuserConfig, setting: str) -> bool:
+    """Check layers against the checkpoint's tower; without it, their order as far as it can be known.
+
+    Returns:
+        Whether the tower's config is on this machine.
+
+    Raises:
+        ValueError: see `MMFuserConfig.resolve`; `setting` is the name in it.
+    """
+    tower = local_tower(config)
+    if tower is not None:
+        settings.resolve(tower, setting)
+    elif not isinstance(settings.layers, int) and len({layer < 0 for layer in settings.layers}) == 1:
+        resolve_layers(settings.layers, 1 << 20, setting)  # within one sign, the order does not depend on the depth
+    return tower is not None
+
+
+def inspect(path: str) -> Tuple[List[str], Optional[str]]:
+    """What a checkpoint folder or an adapter file holds, and whether it loads.
+
+    Returns:
+        Lines to show, and the reason why it does not load, or None.
+
+    Raises:
+        ValueError: there is no such file or folder.
+        OSError: reading fails.
+    """
+    if not os.path.exists(path):
+        raise ValueError(f"{path} is neither a file nor a folder on this machine")
+    lines: List[str] = []
+    try:
+        lines += [f"path: {path}"]
+        for line in _folder_lines(path) if os.path.isdir(path) else _adapter_lines(path):
+            lines.append(line)
+    except ValueError as error:
+        return lines, str(error)
+    return lines, None
+
+
+def _folder_lines(folder: str) -> Iterator[str]:
+    """The lines of `inspect`; raises ValueError where it finds why the checkpoint does not load."""
+    config = read_config(folder)
+    if isinstance(config, dict):
+        yield from _setting_lines(config)
+    checkpoint = read_checkpoint(folder)
+    lora = [file for file in LORA if file in checkpoint.others][:1]
+    names = [w.name for weights in checkpoint.weights.values() for w in weights]
+    names += [weight.name for file in lora for weight in read_weights(folder, file)]
+    kind = "full checkpoint" if checkpoint.shards else "LoRA folder" if lora else "adapter folder"
+    format_name = {
+        "ours": "llava_mmfuser's format",
+        "authors": "the authors' format",
+        "llava": "plain LLaVA, without a fuser",
+        "other": "no LLaVA",
+    }[checkpoint.format()]
+    yield f"type: {kind} ({describe(names)}), {format_name}"
+    for weights in checkpoint.projectors().values():
+        yield from _weight_lines(folder, weights)
+    if checkpoint.left_out:
+        yield f"not looked at: {', '.join(checkpoint.left_out)}"
+    if checkpoint.format() == "other":
+        raise ValueError(
+            "config.json has neither mm_vision_tower nor mm_projector_type, so this is no LLaVA checkpoint"
+        )
+    if checkpoint.format() == "authors":
+        raise ValueError(f"it is {convert_hint(folder)}")
+    for file in checkpoint.shards:
+        if file.endswith(".safetensors"):
+            metadata = read_header(os.path.join(folder, file))[0].get("__metadata__") or {}
+            if metadata.get("format") not in ("pt", "tf", "flax"):
+                raise ValueError(f"{file} has no 'format' in its metadata, which transformers asks for; save it again")
+    yield from _fit_lines(checkpoint.config, checkpoint.projectors())
+
+
+def _adapter_lines(path: str) -> Iterator[str]:
+    folder, file = os.path.split(os.path.abspath(path))
+    config = read_config(folder)
+    if isinstance(config, dict):
+        yield from _setting_lines(config)
+    weights = read_weights(folder, file)
+    kind = describe([weight.name for weight in weights])
+    yield f"type: {kind}"
+    projector = projector_weights(weights)
+    if kind.startswith(("weights of a whole model", "LoRA weights")):
+        raise ValueError(f"{file} is a part of a checkpoint, not an adapter; inspect its folder: {folder}")
+    if not projector:
+        raise ValueError(f"{file} has no weights of a projector (no name with {MARK!r})")
+    yield from _weight_lines(folder, projector)
+    if is_published(projector):
+        yield "note: the authors' names; --pretrain_mm_mlp_adapter translates them"
+        linear = isinstance(config, dict) and settings_of(config).projector == "linear"
+        projector = {from_published(name, linear): weight for name, weight in projector.items()}
+    if isinstance(config, dict):
+        yield from _fit_lines(config, {file: projector})
+    else:
+        yield "warning: no config.json beside it, so its settings are unknown and its shapes were not compared"
+
+
+def _setting_lines(config: Dict[str, Any]) -> Iterator[str]:
+    shown = {key: value for key, value in config.items() if key.startswith("mm_") or key == "hidden_size"}
+    if config.get("mm_projector_type") == PROJECTOR_TYPE or is_authors_config(config):
+        settings = settings_of(config)
+        yield f"layers: {spell(settings.layers)}"
+        fuser = {FLAG_PREFIX + name: value for name, value in dataclasses.asdict(settings).items()}
+        shown = {**fuser, **shown}
+    for key in sorted(shown):
+        yield f"{key}: {spell(shown[key])}"
+
+
+def _weight_lines(folder: str, weights: Mapping[str, Weight]) -> Iterator[str]:
+    """Which file holds what part of a projector, and how far the gates are open."""
+    published = is_published(weights)
+    parts: Dict[Tuple[str, str], List[Weight]] = {}
+    for name, weight in weights.items():
+        fuser = name.startswith("0." if published else "fuser.")
+        parts.setdefault((weight.file, "fuser" if fuser else "MLP"), []).append(weight)
+    for (file, part), found in sorted(parts.items()):
+        yield f"weights: {file}: {part}, {len(found)} tensors ({', '.join(sorted({w.dtype for w in found}))})"
+    for gate, ours in (("cross", "fuser.cross_gate.scale"), ("self", "fuser.self_gate.scale")):
+        name = to_published(ours) if published else ours
+        if name in weights:
+            size = read_tensor(folder, weights[name]).float().abs()
+            yield f"{gate} gate: mean |g| {size.mean():.4g}, max |g| {size.max():.4g}"
+
+
+def _fit_lines(config: Mapping[str, Any], projectors: Mapping[str, Mapping[str, Weight]]) -> Iterator[str]:
+    """Compare weights under our names with the config."""
+    settings = settings_of(config)
+    if not projectors:
+        raise ValueError(f"there are no weights of a projector (no name with {MARK!r})")
+    fused = config.get("mm_projector_type") == PROJECTOR_TYPE or is_authors_config(config)
+    if fused and not check_layers(config, settings, layers_setting(SimpleNamespace(**config))):
+        tower = config.get("mm_vision_tower")
+        yield f"note: layers not compared with the vision tower, because the config of {tower!r} is not on this machine"
+    for label, weights in projectors.items():
+        problems = compare({name: weight.shape for name, weight in weights.items()}, projector_shapes(config, settings))
+        if problems:
+            raise ValueError(f"{label}: weights do not fit config.json: {problems}")
+        if fused and not any(name.startswith("fuser.") for name in weights):
+            yield f"warning: {label} has no weights of the fuser, which starts as the identity"
+        if not fused and any(name.startswith("fuser.") for name in weights):
+            kind = config.get("mm_projector_type")
+            raise ValueError(f"{label} has a fuser, but config.json has mm_projector_type={kind!r}; set it to mmfuser")
+
+
+def read_tensor(folder: str, weight: Weight) -> torch.Tensor:
+    """One tensor of a checkpoint."""
+    path = os.path.join(folder, weight.file)
+    if not path.endswith(".safetensors"):
+        return load_bin(path)[weight.name]
+    from safetensors import safe_open
+
+    with safe_open(path, framework="pt") as stream:
+        return stream.get_tensor(weight.name)
+
+
+def projector_weights(weights: Iterable[Weight]) -> Dict[str, Weight]:
+    """Those of a projector, by their name behind ``mm_projector.``."""
+    return {weight.name.split(MARK, 1)[1]: weight for weight in weights if MARK in weight.name}

@@ -1,0 +1,871 @@
+"""Converting, upgrading and inspecting checkpoints: real files, loaded by the real LLaVA."""
+
+import errno
+import hashlib
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import host
+import pytest
+import torch
+from llava.model import LlavaLlamaForCausalLM
+from safetensors.torch import load_file, save_file
+from test_llava import IMAGES, model_with
+
+from llava_mmfuser import __main__ as command_line
+from llava_mmfuser import writing as module
+from llava_mmfuser.convert import convert, upgrade
+
+LAYERS = [-8, -6, -5, -3, -2]  # of a tower with 8 blocks
+IDS = torch.tensor([[1, -200, 5, 6], [1, -200, 7, 8]])
+FULL = ["single safetensors", "sharded safetensors", "single bin", "sharded bin"]
+LAYOUTS = FULL + ["adapter", "lora"]
+# paper.md, "Names in the authors' published adapters"
+ATTENTION = ["sampling_offsets", "attention_weights", "value_proj", "output_proj"]
+PARTS = [f"{side}_attn.{part}" for side in ("cross", "self") for part in ATTENTION] + ["query_norm", "feat_norm"]
+THEIRS = {f"fuser.{part}.{kind}": f"0.{part}.{kind}" for part in PARTS for kind in ("weight", "bias")}
+THEIRS.update({f"fuser.self_norm.{kind}": f"0.norm1.{kind}" for kind in ("weight", "bias")})
+THEIRS.update({f"{ours}.{kind}": f"{theirs}.{kind}" for ours, theirs in ("01", "23") for kind in ("weight", "bias")})
+THEIRS.update({"fuser.cross_gate.scale": "0.gamma1", "fuser.self_gate.scale": "0.gamma2"})
+
+
+def read(folder):
+    """All tensors of a folder's model or adapter files, by file and name."""
+    found = {}
+    for path in sorted(folder.iterdir()):
+        if path.suffix == ".safetensors":
+            found.update({(path.name, name): value for name, value in load_file(path).items()})
+        elif path.suffix == ".bin" and path.name != "training_args.bin":
+            state = torch.load(path, map_location="cpu", weights_only=True)
+            found.update({(path.name, name): value for name, value in state.items()})
+    return found
+
+
+def same(left, right):
+    assert left.keys() == right.keys()
+    for key, value in left.items():
+        assert value.dtype == right[key].dtype and torch.equal(value, right[key]), key
+    return True
+
+
+def config_of(folder):
+    return json.loads((folder / "config.json").read_text())
+
+
+def write_json(path, content):
+    path.write_text(json.dumps(content))
+
+
+def change_config(folder, **changes):
+    config = {**config_of(folder), **changes}
+    write_json(folder / "config.json", {key: value for key, value in config.items() if value is not None})
+
+
+def fingerprint(folder):
+    """Content and time of last change of everything below a folder."""
+    return {
+        str(path.relative_to(folder)): (
+            path.is_dir() or hashlib.sha256(path.read_bytes()).hexdigest(),
+            path.stat().st_mtime_ns,
+        )
+        for path in sorted(folder.rglob("*"))
+    }
+
+
+def in_their_names(folder):
+    """Turn a folder in our format into the authors', with the table above."""
+    rename = {f"mm_projector.{ours}": f"mm_projector.{theirs}" for ours, theirs in THEIRS.items()}
+
+    def their(name):
+        before, mark, rest = name.partition("mm_projector.")
+        return before + rename[mark + rest] if mark else name
+
+    for path in folder.iterdir():
+        if path.suffix == ".safetensors" and path.name.startswith("model"):
+            save_file({their(name): value for name, value in load_file(path).items()}, path, metadata={"format": "pt"})
+        elif path.suffix == ".bin" and not path.name.startswith(("adapter_", "training")):
+            torch.save({their(name): value for name, value in torch.load(path, weights_only=True).items()}, path)
+        elif path.name.endswith(".index.json"):
+            index = json.loads(path.read_text())
+            index["weight_map"] = {their(name): file for name, file in index["weight_map"].items()}
+            write_json(path, index)
+    config = {key: value for key, value in config_of(folder).items() if not key.startswith("mm_fuser_")}
+    config.update(mm_projector_type="mlp2x_gelu", mm_vision_select_layer=LAYERS)
+    write_json(folder / "config.json", config)
+
+
+def save(model, folder, layout):
+    if layout in FULL:
+        shards = {"max_shard_size": "300KB"} if layout.startswith("sharded") else {}
+        model.save_pretrained(folder, safe_serialization=layout.endswith("safetensors"), **shards)
+    else:
+        folder.mkdir()
+        model.config.save_pretrained(folder)
+        projector = {
+            f"model.mm_projector.{n}": v.bfloat16() for n, v in model.get_model().mm_projector.state_dict().items()
+        }
+        if layout == "adapter":
+            torch.save(projector, folder / "mm_projector.bin")
+        else:
+            projector["model.embed_tokens.weight"] = torch.ones(3)
+            torch.save({f"base_model.model.{n}": v for n, v in projector.items()}, folder / "non_lora_trainables.bin")
+            write_json(folder / "adapter_config.json", {"peft_type": "LORA"})
+            lora = {"base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight": torch.ones(2, 4)}
+            save_file(lora, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    (folder / "tokenizer_config.json").write_text("{}")
+    (folder / "trainer_state.json").write_text("{}")
+    torch.save({"lr": 1}, folder / "training_args.bin")
+    (folder / "checkpoint-100").mkdir()
+    (folder / "checkpoint-100" / "model.safetensors").write_text("old")
+
+
+@pytest.fixture(scope="session")
+def made(world, tmp_path_factory):
+    """Folder of one checkpoint per format ("ours", "theirs", "plain") and layout; for reading only."""
+    folder = tmp_path_factory.mktemp("checkpoints")
+    torch.manual_seed(5)
+    for kind in ("ours", "plain"):
+        settings = (
+            dict(mm_vision_select_layer=tuple(LAYERS)) if kind == "ours" else dict(mm_projector_type="mlp2x_gelu")
+        )
+        model = model_with(world, **settings)
+        with torch.no_grad():
+            for parameter in model.get_model().mm_projector.parameters():
+                parameter.uniform_(-0.3, 0.3)
+        if kind == "ours":
+            model.config.mm_fuser_layers, model.config.mm_vision_select_layer = LAYERS, LAYERS[-1]
+        for layout in LAYOUTS:
+            save(model, folder / f"{kind} {layout}", layout)
+            if kind == "ours":
+                shutil.copytree(folder / f"ours {layout}", folder / f"theirs {layout}")
+                in_their_names(folder / f"theirs {layout}")
+    return folder
+
+
+@pytest.fixture
+def take(made, tmp_path):
+    """A copy of one of those checkpoints."""
+
+    def copied(kind, layout, name="in"):
+        return shutil.copytree(made / f"{kind} {layout}", tmp_path / name)
+
+    return copied
+
+
+@pytest.fixture
+def cli(monkeypatch, capsys):
+    """Run a command in this process: exit code, stdout, stderr."""
+
+    def call(*arguments):
+        monkeypatch.setattr(sys, "argv", ["llava_mmfuser", *map(str, arguments)])
+        capsys.readouterr()
+        code = command_line.main()
+        return (code, *capsys.readouterr())
+
+    return call
+
+
+def load(folder):
+    model, info = LlavaLlamaForCausalLM.from_pretrained(folder, output_loading_info=True)
+    model.get_vision_tower().load_model()
+    assert not info["missing_keys"] and not info["mismatched_keys"]
+    assert not [key for key in info["unexpected_keys"] if "vision_tower" not in key]
+    return model.eval()
+
+
+@torch.no_grad()
+def logits(model):
+    return model(IDS, images=IMAGES[:2]).logits
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_theirs_becomes_ours_and_back_without_changing_a_byte(made, tmp_path, cli, layout):
+    theirs, ours = made / f"theirs {layout}", made / f"ours {layout}"
+    before = fingerprint(made)
+    code, out, err = cli("convert", theirs, tmp_path / "out")
+    assert (code, err) == (0, "") and "checkpoint-100/" in out
+    assert same(read(tmp_path / "out"), read(ours))
+    config = {key: value for key, value in config_of(ours).items() if key != "mm_fuser_lr"}  # of training only
+    assert config_of(tmp_path / "out") == config
+    assert list(config_of(tmp_path / "out"))[: len(config_of(theirs))] == list(config_of(theirs))
+    assert cli("convert", tmp_path / "out", tmp_path / "back", "--to", "authors")[0] == 0
+    assert same(read(tmp_path / "back"), read(theirs))
+    assert config_of(tmp_path / "back") == config_of(theirs)
+    assert list(config_of(tmp_path / "back")) == list(config_of(theirs))
+    assert {p.name for p in (tmp_path / "back").iterdir()} == {p.name for p in theirs.iterdir() if p.is_file()}
+    for index in theirs.glob("*.index.json"):
+        assert json.loads((tmp_path / "back" / index.name).read_text()) == json.loads(index.read_text())
+    assert fingerprint(made) == before and sorted(p.name for p in tmp_path.iterdir()) == ["back", "out"]
+
+
+def test_projector_in_several_shards_was_really_tested(made):
+    weight_map = json.loads((made / "theirs sharded safetensors" / "model.safetensors.index.json").read_text())[
+        "weight_map"
+    ]
+    assert len({file for name, file in weight_map.items() if "mm_projector" in name}) > 1
+    assert any(
+        "mm_projector" not in "".join(n for n, f in weight_map.items() if f == file) for file in weight_map.values()
+    )
+
+
+@pytest.mark.parametrize("layout", FULL)
+def test_converted_checkpoint_answers_as_the_projector_it_was_made_from(made, tmp_path, layout):
+    convert(str(made / f"theirs {layout}"), str(tmp_path / "out"))
+    model, source = load(tmp_path / "out"), load(made / "ours single safetensors")
+    for name, value in source.get_model().mm_projector.state_dict().items():
+        assert torch.equal(value, model.get_model().mm_projector.state_dict()[name]), name
+    assert torch.equal(logits(model), logits(source))
+
+
+@pytest.mark.parametrize("inner", ["linear", "mlp1x_gelu", "mlp3x_gelu"])
+def test_other_inner_projectors(world, tmp_path, inner):
+    model = model_with(world, mm_vision_select_layer=tuple(LAYERS), mm_fuser_projector=inner)
+    save(model, tmp_path / "ours", "single safetensors")
+    convert(str(tmp_path / "ours"), str(tmp_path / "theirs"), to_authors=True)
+    names = {name.split("mm_projector.")[1] for _, name in read(tmp_path / "theirs") if "mm_projector." in name}
+    linears = {"linear": 1, "mlp1x_gelu": 1, "mlp3x_gelu": 3}[inner]
+    expected = {f"{2 * i + 1}.{kind}" for i in range(linears) for kind in ("weight", "bias")}
+    assert {name for name in names if not name.startswith("0.")} == expected and "0.gamma1" in names
+    assert config_of(tmp_path / "theirs")["mm_projector_type"] == inner
+    convert(str(tmp_path / "theirs"), str(tmp_path / "back"))
+    assert same(read(tmp_path / "back"), read(tmp_path / "ours"))
+
+
+def test_rewritten_header_keeps_metadata_and_alignment(take, tmp_path):
+    source = take("theirs", "single safetensors")
+    state = load_file(source / "model.safetensors")
+    save_file(state, source / "model.safetensors", metadata={"format": "pt", "note": "ä"})
+    convert(str(source), str(tmp_path / "out"))
+    header, start = module.read_header(str(tmp_path / "out" / "model.safetensors"))
+    assert header["__metadata__"] == {"format": "pt", "note": "ä"} and start % 8 == 0
+
+
+@pytest.mark.parametrize("copying", ["copy_file_range", "refused", "absent", "ends early"])
+def test_every_way_of_copying_gives_the_same_bytes(made, tmp_path, monkeypatch, copying):
+    def refused(*_):
+        raise OSError(errno.EXDEV, "no")
+
+    monkeypatch.setattr(module, "_CHUNK", 1000)
+    if copying == "absent":
+        monkeypatch.delattr(os, "copy_file_range")
+    elif copying != "copy_file_range":
+        monkeypatch.setattr(os, "copy_file_range", refused if copying == "refused" else lambda *_: 0)
+    convert(str(made / "theirs single safetensors"), str(tmp_path / "out"))
+    assert same(read(tmp_path / "out"), read(made / "ours single safetensors"))
+
+
+def test_link_shares_only_weight_files_without_projector(made, tmp_path):
+    source, out = made / "theirs sharded safetensors", tmp_path / "out"
+    convert(str(source), str(out), link=True)
+    assert same(read(out), read(made / "ours sharded safetensors"))
+    weight_map = json.loads((out / "model.safetensors.index.json").read_text())["weight_map"]
+    rewritten = {file for name, file in weight_map.items() if "mm_projector" in name}
+    for path in out.iterdir():
+        linked = os.path.samefile(path, source / path.name)
+        assert linked == (path.suffix == ".safetensors" and path.name not in rewritten), path.name
+
+
+def test_link_falls_back_to_a_copy(made, tmp_path, monkeypatch):
+    def refused(*_):
+        raise OSError(errno.EXDEV, "another file system")
+
+    monkeypatch.setattr(os, "link", refused)
+    convert(str(made / "theirs sharded bin"), str(tmp_path / "out"), link=True)
+    assert same(read(tmp_path / "out"), read(made / "ours sharded bin"))
+
+
+def test_safetensors_win_over_bin_as_in_transformers(take, tmp_path, cli):
+    source = take("theirs", "single safetensors")
+    torch.save({"other": torch.ones(1)}, source / "pytorch_model.bin")
+    torch.save({}, source / "optimizer.pt")
+    code, out, _ = cli("convert", source, tmp_path / "out")
+    assert code == 0 and "left out" in out and "optimizer.pt, pytorch_model.bin" in out
+    assert not (tmp_path / "out" / "pytorch_model.bin").exists()
+    load(tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    "layout,link", [(layout, False) for layout in FULL] + [("single bin", True), ("sharded safetensors", True)]
+)
+def test_upgraded_checkpoint_answers_bit_for_bit_as_before(made, tmp_path, cli, layout, link):
+    source, out = made / f"plain {layout}", tmp_path / "out"
+    code, _, err = cli("upgrade", source, out, *["--link"] * link)
+    assert (code, err) == (0, "")
+    assert torch.equal(logits(load(source)), logits(load(out)))
+    config = config_of(out)
+    assert config["mm_projector_type"] == "mmfuser" and config["mm_fuser_layers"] == [3, 4, 5, 6, 7]
+    assert config["mm_fuser_projector"] == "mlp2x_gelu" and config["mm_vision_select_layer"] == -2
+    assert len([key for key in config if key.startswith("mm_fuser_")]) == 6
+    kept = {name: value for (_, name), value in read(out).items() if ".fuser." not in name}
+    assert same(kept, {name: value for (_, name), value in read(source).items()})
+    shards = sorted(path.name for path in out.iterdir() if re.fullmatch(r".*-\d{5}-of-\d{5}\..*", path.name))
+    weights = sorted(
+        path for path in source.iterdir() if re.fullmatch(r"(pytorch_)?model.*(bin|safetensors)", path.name)
+    )
+    assert len(shards) == len(weights) + 1
+    assert all(os.path.samefile(out / new, old) == link for new, old in zip(shards, weights))
+    index = json.loads(next(out.glob("*.index.json")).read_text())
+    total = sum(value.nbytes for value in read(out).values())
+    assert abs(index["metadata"]["total_size"] - total) < (2 if layout.startswith("sharded") else 100_000)
+
+
+@pytest.mark.parametrize("layout,file", [("adapter", "mm_projector.bin"), ("lora", "non_lora_trainables.bin")])
+def test_upgraded_adapter_holds_a_closed_fuser_in_the_dtype_of_the_projector(made, tmp_path, layout, file):
+    upgrade(str(made / f"plain {layout}"), str(tmp_path / "out"))
+    state, before = (
+        {name: value for (_, name), value in read(f).items()} for f in (tmp_path / "out", made / f"plain {layout}")
+    )
+    added = {name: value for name, value in state.items() if name not in before}
+    prefix = ("base_model.model." if layout == "lora" else "") + "model.mm_projector."
+    assert set(added) == {prefix + name for name in THEIRS if name.startswith("fuser.")}
+    assert {value.dtype for value in added.values()} == {torch.bfloat16}
+    assert all(not added[f"{prefix}fuser.{side}_gate.scale"].any() for side in ("cross", "self"))
+    assert same(before, {name: state[name] for name in before})
+
+
+def test_upgrade_settings(made, world, tmp_path, cli):
+    flags = [
+        "--mm_fuser_layers==1,4,-2",
+        "--mm_fuser_num_heads",
+        4,
+        "--mm_fuser_num_points=2",
+        "--mm_fuser_self_attention=False",
+    ]
+    code, _, err = cli("upgrade", made / "plain single bin", tmp_path / "out", *flags, "--vision-tower", world / "clip")
+    assert (code, err) == (0, "")
+    config = config_of(tmp_path / "out")
+    assert config["mm_fuser_layers"] == [1, 4, 7] and config["mm_fuser_self_attention"] is False
+    assert (config["mm_fuser_num_heads"], config["mm_fuser_num_points"]) == (4, 2)
+    assert config["mm_vision_tower"] == config_of(made / "plain single bin")["mm_vision_tower"]
+    assert torch.equal(logits(load(tmp_path / "out")), logits(load(made / "plain single bin")))
+
+
+class Malicious:
+    def __reduce__(self):
+        return os.mkdir, ("/tmp/llava-mmfuser-test-was-run",)
+
+
+def truncate(path, by=100):
+    with open(path, "r+b") as stream:
+        stream.truncate(path.stat().st_size - by)
+
+
+def edit_index(folder, change):
+    path = folder / "model.safetensors.index.json"
+    index = json.loads(path.read_text())
+    change(index)
+    write_json(path, index)
+
+
+def edit_weights(path, change):
+    state = load_file(path) if path.suffix == ".safetensors" else torch.load(path, weights_only=True)
+    change(state)
+    save_file(state, path, metadata={"format": "pt"}) if path.suffix == ".safetensors" else torch.save(state, path)
+
+
+def without(*parts):
+    def drop(state):
+        for name in [name for name in state if any(part in name for part in parts)]:
+            del state[name]
+
+    return drop
+
+
+def first_shard(folder):
+    return sorted(folder.glob("model-*.safetensors"))[0]
+
+
+SAFE, SHARDED, BIN = "single safetensors", "sharded safetensors", "single bin"
+DAMAGE = [
+    # name, layout, what is done to a checkpoint of any format, message
+    ("no config", SAFE, lambda f: (f / "config.json").unlink(), "has no config.json"),
+    ("bad config", SAFE, lambda f: (f / "config.json").write_text("{"), "config.json is not JSON"),
+    ("config is a list", SAFE, lambda f: (f / "config.json").write_text("[]"), "not a JSON object"),
+    ("shard absent", SHARDED, lambda f: first_shard(f).unlink(), "names the shard model-00001.* not there"),
+    ("shard truncated", SHARDED, lambda f: truncate(first_shard(f)), "truncated or damaged"),
+    ("header truncated", SAFE, lambda f: os.truncate(f / "model.safetensors", 20), "not a complete safetensors"),
+    ("empty file", SAFE, lambda f: os.truncate(f / "model.safetensors", 0), "not a complete safetensors"),
+    ("lfs pointer", SAFE, lambda f: (f / "model.safetensors").write_text("version https://git-lfs"), "not a complete"),
+    ("bin truncated", BIN, lambda f: truncate(f / "pytorch_model.bin"), "cannot be read as tensors"),
+    ("adapter truncated", "adapter", lambda f: truncate(f / "mm_projector.bin"), "cannot be read as tensors"),
+    ("pickle", BIN, lambda f: torch.save({"a": Malicious()}, f / "pytorch_model.bin"), "could run code"),
+    ("no tensors", BIN, lambda f: torch.save({"a": 1}, f / "pytorch_model.bin"), "not a state dict"),
+    ("no weights", SAFE, lambda f: (f / "model.safetensors").unlink(), "has no weights"),
+    ("index no JSON", SHARDED, lambda f: (f / "model.safetensors.index.json").write_text("?"), "is not JSON"),
+    ("index without map", SHARDED, lambda f: edit_index(f, lambda i: i.pop("weight_map")), "not an index of shards"),
+    (
+        "index leads out",
+        SHARDED,
+        lambda f: edit_index(f, lambda i: i["weight_map"].update(a="../x.bin")),
+        "same folder",
+    ),
+    (
+        "index names more",
+        SHARDED,
+        lambda f: edit_index(f, lambda i: i["weight_map"].update(a=first_shard(f).name)),
+        "disagree about a",
+    ),
+    (
+        "no LoRA weights",
+        "lora",
+        lambda f: (f / "adapter_model.safetensors").unlink(),
+        "adapter_config.json, but neither",
+    ),
+    (
+        "no projector",
+        SAFE,
+        lambda f: edit_weights(f / "model.safetensors", without("mm_projector")),
+        "no weights of a projector",
+    ),
+    ("misshapen", SAFE, lambda f: change_config(f, hidden_size=65), r"is \[64\] instead of \[65\]"),
+    (
+        "unexpected",
+        SAFE,
+        lambda f: edit_weights(
+            f / "model.safetensors", lambda s: s.update({"model.mm_projector.9.bias": torch.ones(1)})
+        ),
+        "unexpected 9.bias",
+    ),
+    ("no width", SAFE, lambda f: change_config(f, hidden_size=None), "hidden_size=None"),
+    (
+        "no LLaVA",
+        SAFE,
+        lambda f: (f / "config.json").write_text('{"hidden_size": 64}'),
+        "neither mm_vision_tower nor mm_projector_type|it must be|mm_vision_select_layer=None",
+    ),
+]
+FORMATS = {
+    "convert": ("theirs", ["convert"]),
+    "to authors": ("ours", ["convert", "--to", "authors"]),
+    "upgrade": ("plain", ["upgrade"]),
+}
+REFUSED = [
+    ("theirs", ["upgrade"], {}, "format of the authors' MMFuser fork.* python -m llava_mmfuser convert"),
+    ("theirs", ["convert", "--to", "authors"], {}, "in the authors' format already"),
+    ("ours", ["convert"], {}, "in the format of llava_mmfuser already.*--to authors"),
+    ("ours", ["upgrade"], {}, "in the format of llava_mmfuser already"),
+    ("plain", ["convert"], {}, r"plain LLaVA \(mm_projector_type='mlp2x_gelu'\).* upgrade"),
+    ("plain", ["convert", "--to", "authors"], {}, "plain LLaVA.* upgrade"),
+    ("theirs", ["convert"], dict(mm_vision_select_layer=[-5, -3, -2]), "-5,-3,-2 .*exactly five"),
+    ("theirs", ["convert"], dict(mm_vision_select_layer=[-2, -3, -4, -5, -6]), "is not in order"),
+    (
+        "theirs",
+        ["convert"],
+        dict(mm_vision_select_layer=[-2, -3, -4, -5, -6], mm_vision_tower="/no"),
+        "is not in order",
+    ),
+    ("theirs", ["convert"], dict(mm_vision_select_layer=[-22, -17, -12, -7, -2]), "layer -22 does not exist"),
+    ("theirs", ["convert"], dict(mm_vision_select_layer=-2), "write the five layers"),
+    ("theirs", ["convert"], dict(mm_projector_type="identity"), "'identity' is not allowed"),
+    ("ours", ["convert", "--to", "authors"], dict(mm_fuser_num_points=2), "mm_fuser_num_points=2 .* 4 only"),
+    ("ours", ["convert", "--to", "authors"], dict(mm_fuser_num_heads=8), "mm_fuser_num_heads=8 .*16 only"),
+    ("ours", ["convert", "--to", "authors"], dict(mm_fuser_self_attention=False), "mm_fuser_self_attention=False"),
+    ("ours", ["convert", "--to", "authors"], dict(mm_fuser_attention="dense!"), "mm_fuser_attention='dense!'"),
+    ("ours", ["convert", "--to", "authors"], dict(mm_fuser_layers=None), "exactly five listed"),
+    ("plain", ["upgrade", "--mm_fuser_projector", "linear"], {}, "projector is 'mlp2x_gelu'; drop the flag"),
+    ("plain", ["upgrade", "--mm_fuser_layers", "3,9"], {}, "mm_fuser_layers=3,9: layer 9 does not exist"),
+    ("plain", ["upgrade", "--mm_fuser_layers", "3,6"], {}, "ends at layer 6.* end the list with 7"),
+    ("plain", ["upgrade", "--mm_fuser_num_heads", "5"], {}, "mm_fuser_num_heads=5 does not divide"),
+    ("plain", ["upgrade", "--vision-tower", "/no/tower"], {}, "'/no/tower' cannot be read.*--vision-tower"),
+    ("plain", ["upgrade"], dict(mm_vision_tower=None), "no mm_vision_tower; give --vision-tower"),
+    ("plain", ["upgrade"], dict(s2=True), "s2=True"),
+    ("plain", ["upgrade"], dict(mm_hidden_size=32), "mm_hidden_size=32"),
+]
+
+
+def fails(cli, source, out, arguments, message):
+    """A command ends in one clear line and leaves nothing behind and the input as it was."""
+    before = fingerprint(source)
+    beside = sorted(source.parent.iterdir())
+    code, _, err = cli(arguments[0], source, out, *arguments[1:])
+    assert code == 1 and err.startswith(f"python -m llava_mmfuser {arguments[0]}: error: ") and err.count("\n") == 1, (
+        err
+    )
+    assert re.search(message, err), err
+    assert fingerprint(source) == before and sorted(source.parent.iterdir()) == beside
+
+
+@pytest.mark.parametrize("how", FORMATS)
+@pytest.mark.parametrize("layout,damage,message", [case[1:] for case in DAMAGE], ids=[case[0] for case in DAMAGE])
+def test_damaged_input_is_refused_before_anything_is_written(take, tmp_path, cli, how, layout, damage, message):
+    kind, arguments = FORMATS[how]
+    source = take(kind, layout)
+    damage(source)
+    if "no LLaVA" not in message:
+        fails(cli, source, tmp_path / "out", arguments, message)
+    else:
+        fails(cli, source, tmp_path / "out", arguments, message if how == "convert" else "neither mm_vision_tower")
+    assert not os.path.exists("/tmp/llava-mmfuser-test-was-run")
+
+
+@pytest.mark.parametrize("kind,arguments,changes,message", REFUSED)
+def test_input_that_does_not_fit_the_command_is_refused(take, tmp_path, cli, kind, arguments, changes, message):
+    source = take(kind, SAFE)
+    change_config(source, **changes)
+    fails(cli, source, tmp_path / "out", arguments, message)
+
+
+@pytest.mark.parametrize("missing", ["gamma1", "0.cross_attn.value_proj.bias", "mm_projector.0."])
+def test_incomplete_fuser_of_the_authors_is_refused(take, tmp_path, cli, missing):
+    source = take("theirs", BIN)
+    edit_weights(source / "pytorch_model.bin", without(missing))
+    fails(cli, source, tmp_path / "out", ["convert"], "missing 0.")
+
+
+def test_our_checkpoint_without_fuser_weights_has_nothing_to_convert(take, tmp_path, cli):
+    source = take("ours", BIN)
+    edit_weights(source / "pytorch_model.bin", without(".fuser."))
+    fails(cli, source, tmp_path / "out", ["convert", "--to", "authors"], "no weights of a fuser")
+
+
+def test_bad_places_are_refused(take, tmp_path, cli, monkeypatch):
+    source = take("theirs", SAFE)
+    (tmp_path / "there").mkdir()
+    os.symlink(source, tmp_path / "alias")
+    fails(cli, source, tmp_path / "there", ["convert"], "exists already; choose another name or delete it")
+    fails(cli, source, source, ["convert"], "exists already")
+    fails(cli, source, "", ["convert"], "exists already")
+    fails(cli, source, source / "out", ["convert"], "inside the input")
+    fails(cli, source, tmp_path / "alias" / "out", ["convert"], "inside the input")
+    fails(cli, source, tmp_path / "no" / "out", ["convert"], "is not a folder; make it first")
+    code, _, err = cli("convert", tmp_path / "nothing", tmp_path / "out")
+    assert code == 1 and "is not a folder" in err
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=12345))
+    fails(cli, source, tmp_path / "out", ["convert"], r"needs \d{6,} bytes .*only 12345 bytes")
+
+
+AS_NOBODY = """
+import os, sys
+import torch, tqdm, llava_mmfuser.convert  # while that is still allowed
+os.setgroups([]); os.setgid(65534); os.setuid(65534)
+from llava_mmfuser.convert import convert
+try:
+    convert(sys.argv[1], sys.argv[2])
+except (ValueError, OSError) as error:
+    print(error)
+"""
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="needs root to become nobody, whom all folders can be opened to")
+def test_place_or_input_without_permission_is_refused(take):
+    with tempfile.TemporaryDirectory() as folder:  # pytest's own are closed to others
+        tmp_path = Path(folder)
+        tmp_path.chmod(0o755)
+        source = shutil.copytree(take("theirs", SAFE), tmp_path / "in")
+        _refused_as_nobody(source, tmp_path)
+
+
+def _refused_as_nobody(source, tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-c", AS_NOBODY, source, tmp_path / "out"],
+        capture_output=True,
+        text=True,
+        env=host.environment(),
+    )
+    assert f"{tmp_path} is not writable; choose another place" in done.stdout, done.stdout + done.stderr
+    tmp_path.chmod(0o777)
+    (source / "model.safetensors").chmod(0o600)
+    done = subprocess.run(
+        [sys.executable, "-c", AS_NOBODY, source, tmp_path / "out"],
+        capture_output=True,
+        text=True,
+        env=host.environment(),
+    )
+    assert "model.safetensors cannot be read; check its permissions" in done.stdout, done.stdout + done.stderr
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["in"]
+
+
+KILLED = """
+import os, signal, sys
+from llava_mmfuser import __main__, writing
+real, calls = writing.{function}, []
+def killing(*arguments):
+    calls.append(1)
+    if len(calls) == {call}:
+        if {half}:
+            with open(arguments[-2], "wb") as stream:
+                stream.write(b"half a file")
+        os.kill(os.getpid(), signal.SIGKILL)
+    return real(*arguments)
+writing.{function} = killing
+sys.argv = ["llava_mmfuser"] + sys.argv[1:]
+__main__.main()
+"""
+
+
+@pytest.mark.parametrize(
+    "function,call,half", [("_write_renamed", 2, True), ("_copy", 3, True), ("_flush", 1, False), ("_flush", 6, False)]
+)
+def test_killed_run_goes_on_and_ends_like_an_uninterrupted_one(made, tmp_path, cli, function, call, half):
+    source = made / "theirs sharded safetensors"
+    code = KILLED.format(function=function, call=call, half=half)
+    done = subprocess.run([sys.executable, "-c", code, "convert", source, tmp_path / "out"], env=host.environment())
+    assert done.returncode == -9
+    work = tmp_path / "out.incomplete"
+    assert not (tmp_path / "out").exists() and work.is_dir() and not (work / "config.json").exists()
+    complete = {path.name: path.stat().st_mtime_ns for path in work.iterdir() if path.suffix == ".safetensors"}
+    out = cli("convert", source, tmp_path / "out")
+    assert out[0] == 0, out
+    if call > 2:
+        assert complete and "complete from an earlier run" in out[1]
+    for name, changed in complete.items():
+        assert (tmp_path / "out" / name).stat().st_mtime_ns == changed
+    convert(str(source), str(tmp_path / "whole"))
+    for path in (tmp_path / "whole").iterdir():
+        assert path.read_bytes() == (tmp_path / "out" / path.name).read_bytes(), path.name
+    assert len(list((tmp_path / "out").iterdir())) == len(list((tmp_path / "whole").iterdir()))
+    assert not work.exists()
+
+
+def interrupted(monkeypatch, source, out, call=8):
+    """A run that finds the disk full when it flushes for the n-th time, twice per file."""
+    calls = []
+
+    def failing(descriptor):
+        calls.append(1)
+        if len(calls) == call:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return real(descriptor)
+
+    real = os.fsync
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", failing)
+        with pytest.raises(OSError) as caught:
+            convert(str(source), str(out))
+    return caught.value
+
+
+def test_full_disk_is_one_line_and_the_run_can_go_on(made, tmp_path, monkeypatch, cli):
+    source, out = made / "theirs sharded bin", tmp_path / "out"
+    error = interrupted(monkeypatch, source, out)
+    assert "No space left on device while writing" in str(error) and "run the same command again" in str(error)
+    assert [path.name for path in tmp_path.iterdir()] == ["out.incomplete"]
+    assert not list((tmp_path / "out.incomplete").glob("*.part"))
+    assert cli("convert", source, out)[0] == 0
+    assert same(read(out), read(made / "ours sharded bin"))
+
+
+def test_keyboard_interrupt_is_one_line_and_the_run_can_go_on(made, tmp_path, monkeypatch, cli):
+    def stopped(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "_copy", stopped)
+        code, _, err = cli("convert", made / "theirs lora", tmp_path / "out")
+    assert code == 130 and err.count("\n") == 1 and "interrupted" in err and (tmp_path / "out.incomplete").exists()
+    assert cli("convert", made / "theirs lora", tmp_path / "out")[0] == 0
+    assert same(read(tmp_path / "out"), read(made / "ours lora"))
+
+
+@pytest.mark.parametrize("layout", ["single safetensors", "single bin"])
+def test_limit_of_the_system_on_file_size_is_one_line(made, tmp_path, cli, layout):
+    source, out = made / f"theirs {layout}", tmp_path / "out"
+    code = "import resource, signal, sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); "
+    code += "resource.setrlimit(resource.RLIMIT_FSIZE, (50000, 50000)); from llava_mmfuser import __main__; "
+    code += "sys.argv = ['llava_mmfuser'] + sys.argv[1:]; sys.exit(__main__.main())"
+    done = subprocess.run(
+        [sys.executable, "-c", code, "convert", source, out],
+        capture_output=True,
+        text=True,
+        env=host.environment(PYTHONDONTWRITEBYTECODE="1"),
+    )
+    assert done.returncode == 1 and done.stderr.count("\n") == 1 and "File too large while writing" in done.stderr, (
+        done.stderr
+    )
+    assert not list((tmp_path / "out.incomplete").glob("*.part"))
+    assert cli("convert", source, out)[0] == 0
+    assert same(read(out), read(made / f"ours {layout}"))
+
+
+def test_input_with_files_named_like_ours_survives_an_interruption(take, tmp_path, monkeypatch):
+    source, out = take("theirs", SHARDED), tmp_path / "out"
+    (source / "a.part").write_text("notes")
+    (source / module.MANIFEST).write_text("{}")
+    interrupted(monkeypatch, source, out, call=30)
+    assert (tmp_path / "out.incomplete" / "a.part").exists()
+    convert(str(source), str(out))
+    assert (out / "a.part").read_text() == "notes" and not (out / module.MANIFEST).exists()
+
+
+def test_another_commands_unfinished_work_is_never_mixed_in(take, made, tmp_path, monkeypatch, cli):
+    source, out, work = take("theirs", SHARDED), tmp_path / "out", tmp_path / "out.incomplete"
+    interrupted(monkeypatch, source, out)
+    left = fingerprint(work)
+    fails(cli, source, out, ["convert", "--link"], "unfinished result of a run with other link; delete it")
+    fails(cli, made / "plain single bin", out, ["upgrade"], "a run with other command, files, input, .*delete it")
+    os.utime(source / "tokenizer_config.json", (1, 1))
+    fails(cli, source, out, ["convert"], "a run with other files; delete it")
+    assert fingerprint(work) == left
+    (work / module.MANIFEST).unlink()
+    fails(cli, source, out, ["convert"], "was not made by this program; delete it")
+
+
+def test_second_run_at_the_same_time_is_refused(made, tmp_path, cli):
+    source, out = made / "theirs adapter", tmp_path / "out"
+    (tmp_path / "out.incomplete").mkdir()
+    with module._locked(str(tmp_path / "out.incomplete")):
+        code, _, err = cli("convert", source, out)
+    assert code == 1 and "another run is writing" in err
+    assert cli("convert", source, out)[0] == 0
+
+
+def test_input_that_changes_meanwhile_is_noticed(take, tmp_path, monkeypatch, cli):
+    source, real = take("theirs", "adapter"), module._write_bin
+
+    def changing(*arguments):
+        (source / "new.json").write_text("{}")
+        return real(*arguments)
+
+    monkeypatch.setattr(module, "_write_bin", changing)
+    code, _, err = cli("convert", source, tmp_path / "out")
+    assert code == 1 and "was changed in the meantime" in err and not (tmp_path / "out").exists()
+
+
+def peak_memory(*arguments):
+    """Largest resident memory of a command, in bytes."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "llava_mmfuser", *map(str, arguments)], env=host.environment(), stdout=subprocess.DEVNULL
+    )
+    _, status, usage = os.wait4(process.pid, 0)
+    process.returncode = status
+    assert status == 0
+    return usage.ru_maxrss * 1024
+
+
+@pytest.mark.parametrize("kernel", [True, False], ids=["in the kernel", "read and write"])
+def test_memory_does_not_grow_with_the_file(take, tmp_path, kernel, monkeypatch):
+    source = take("theirs", SAFE)
+    path = source / "model.safetensors"
+    header, start = module.read_header(str(path))
+    with open(path, "rb") as stream:
+        data = stream.read()[start:]
+    size = 300 << 20
+    header["model.big"] = {"dtype": "U8", "shape": [size], "data_offsets": [len(data), len(data) + size]}
+    big = shutil.copytree(source, tmp_path / "big")
+    encoded = json.dumps(header).encode()
+    encoded += b" " * (-len(encoded) % 8)
+    with open(big / "model.safetensors", "wb") as stream:
+        stream.write(len(encoded).to_bytes(8, "little") + encoded + data)
+        stream.truncate(8 + len(encoded) + len(data) + size)
+    if kernel:
+        small, large = (peak_memory("convert", f, f"{f}-out") for f in (source, big))
+    else:
+        code = "import os, resource, sys; del os.copy_file_range; from llava_mmfuser.convert import convert; "
+        code += "convert(sys.argv[1], sys.argv[2]); print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)"
+        small, large = (
+            int(host.run([sys.executable, "-c", code, f, f"{f}-out"]).stdout.split()[-1]) for f in (source, big)
+        )
+    assert (tmp_path / "big-out" / "model.safetensors").stat().st_size > size
+    assert large - small < 100e6
+    shutil.rmtree(tmp_path / "big-out")
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("kind", ["ours", "plain", "theirs"])
+def test_inspect_tells_what_is_there(made, cli, kind, layout):
+    folder = made / f"{kind} {layout}"
+    before = fingerprint(folder)
+    code, out, err = cli("inspect", folder)
+    *lines, verdict = out.splitlines()
+    assert err == "" and fingerprint(folder) == before
+    if kind == "theirs":
+        assert (
+            code == 1 and f"python -m llava_mmfuser convert {folder}" in verdict and verdict.startswith("loads: no, ")
+        )
+    else:
+        assert code == 0 and verdict == "loads: yes", verdict
+    assert any(
+        line.startswith("type: ") and {"adapter": "adapter", "lora": "LoRA"}.get(layout, "full") in line
+        for line in lines
+    )
+    assert len([line for line in lines if "MLP, 4 tensors" in line]) == 1 or layout.startswith("sharded")
+    if kind == "plain":
+        assert "gate" not in out and "layers:" not in out.replace("num_", "")
+        return
+    assert (
+        "layers: -8,-6,-5,-3,-2" in lines
+        and "mm_fuser_num_heads: 16" in lines
+        and "mm_fuser_self_attention: True" in lines
+    )
+    tensors = sum(int(re.search(r"fuser, (\d+) tensors", line).group(1)) for line in lines if "fuser, " in line)
+    assert tensors == 24 and (("bfloat16" in out) == (layout in ("adapter", "lora")))
+    gate = next(v for (_, n), v in read(folder).items() if n.endswith(("cross_gate.scale", "0.gamma1"))).float().abs()
+    assert f"cross gate: mean |g| {gate.mean():.4g}, max |g| {gate.max():.4g}" in lines
+
+
+@pytest.mark.parametrize("layout,damage,message", [case[1:] for case in DAMAGE], ids=[case[0] for case in DAMAGE])
+def test_inspect_says_why_a_checkpoint_does_not_load(take, cli, layout, damage, message):
+    folder = take("ours", layout)
+    damage(folder)
+    code, out, err = cli("inspect", folder)
+    assert (
+        code == 1
+        and err == ""
+        and re.search("loads: no, .*(" + message + "|are no weights of a projector)", out.splitlines()[-1])
+    ), out
+
+
+@pytest.mark.parametrize(
+    "change,message",
+    [
+        (lambda f: change_config(f, mm_fuser_layers=[3, 9]), "layer 9 does not exist"),
+        (lambda f: change_config(f, mm_fuser_layers=[3, 7]), "sampling_offsets.weight is"),
+        (lambda f: change_config(f, mm_fuser_num_heads=5), "mm_fuser_num_heads=5 does not divide"),
+        (lambda f: change_config(f, mm_projector_type="mlp2x_gelu"), "unexpected|has a fuser, but"),
+        (lambda f: edit_weights(f / "model.safetensors", without("cross_gate")), "missing fuser.cross_gate.scale"),
+        (
+            lambda f: save_file(load_file(f / "model.safetensors"), f / "model.safetensors"),
+            "no 'format' in its metadata",
+        ),
+    ],
+)
+def test_inspect_finds_what_does_not_fit(take, cli, change, message):
+    folder = take("ours", SAFE)
+    change(folder)
+    code, out, _ = cli("inspect", folder)
+    assert code == 1 and re.search("loads: no, .*" + message, out.splitlines()[-1]), out
+
+
+def test_inspect_warns_about_a_fuser_that_starts_as_identity(take, cli):
+    folder = take("ours", SAFE)
+    edit_weights(folder / "model.safetensors", without(".fuser."))
+    code, out, _ = cli("inspect", folder)
+    assert code == 0 and "warning: the model has no weights of the fuser, which starts as the identity" in out
+
+
+def test_inspect_does_not_look_for_the_tower_on_the_net(take, cli, monkeypatch):
+    import huggingface_hub
+
+    folder = take("ours", SAFE)
+    change_config(folder, mm_vision_tower="openai/clip-not-here")
+    monkeypatch.setattr(huggingface_hub.file_download, "get_hf_file_metadata", lambda *a, **k: pytest.fail("download"))
+    code, out, _ = cli("inspect", folder)
+    assert code == 0 and "layers not compared" in out
+
+
+@pytest.mark.parametrize("kind", ["ours", "plain", "theirs"])
+def test_inspect_reads_a_lone_adapter_file(take, cli, kind):
+    file = take(kind, "adapter") / "mm_projector.bin"
+    assert cli("inspect", file)[0] == 0
+    (file.parent / "config.json").unlink()
+    code, out, _ = cli("inspect", file)
+    assert code == 0 and "no config.json beside it" in out and ("authors' names" in out) == (kind == "theirs")
+    truncate(file)
+    code, out, _ = cli("inspect", file)
+    assert code == 1 and "loads: no, " in out
+    code, _, err = cli("inspect", file.parent / "nothing.bin")
+    assert code == 1 and "neither a file nor a folder" in err
+
+
+def test_commands_work_from_a_shell_and_help_explains_copying(made, tmp_path):
+    python = [sys.executable, "-m", "llava_mmfuser"]
+    host.run([*python, "convert", made / "theirs adapter", tmp_path / "out"])
+    assert "loads: yes" in host.run([*python, "inspect", tmp_path / "out"]).stdout
+    assert "overwrites files in place" in " ".join(host.run([*python, "convert", "--help"]).stdout.split())
