@@ -18,12 +18,14 @@ from typing import Any, Dict, List, Optional, Sequence, Tuple
 
 from . import trainer
 from .checkpoint import (
+    MARK,
     convert_hint,
     is_authors_config,
     matching_adapter,
     missing_fuser_keys,
     read_adapter,
     read_config,
+    read_tensors,
 )
 from .config import (
     CLIP_TYPES,
@@ -441,7 +443,8 @@ def _check_checkpoint(model_path: str, model_base: Optional[str], model_name: st
         return
     is_lora = "lora" in model_name.lower()
     adapter = find("non_lora_trainables.bin" if is_lora else "mm_projector.bin")
-    if adapter is not None:
+    frozen = is_lora and adapter is not None and not any(MARK in name for name in read_tensors(adapter))
+    if adapter is not None and not frozen:
         settings = MMFuserConfig.from_llava(SimpleNamespace(**config))
         matching_adapter(adapter, settings, projector_shapes(config, settings))
 

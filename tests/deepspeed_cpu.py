@@ -47,6 +47,7 @@ def _compare_ranks(trainer):
 
 
 if __name__ == "__main__":
+    torch.manual_seed(0)
     from llava.train.llava_trainer import LLaVATrainer
     from llava.train.train import train
 

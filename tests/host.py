@@ -115,16 +115,22 @@ def zero(folder, stage):
     return file
 
 
-def deepspeed(world, output, configuration, stage="pretrain", **options):
-    """As `train`, by DeepSpeed's launcher with two ranks on the CPU."""
+def deepspeed_command(world, output, configuration, stage="pretrain", **options):
+    """DeepSpeed's launcher with two ranks on the CPU, and its environment."""
     options.setdefault("use_cpu", None)  # with --use_cpu, accelerate does not use DeepSpeed at all
     launcher = [Path(sys.executable).with_name("deepspeed"), "--num_gpus", "2", "--master_port", free_port()]
     arguments = train_arguments(world, output, stage, deepspeed=configuration, **options)
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
-    env = environment(DS_ACCELERATOR="cpu", PATH=path)
-    done = run(launcher + [ROOT / "tests" / "deepspeed_cpu.py"] + arguments, env=env)
-    stage = json.loads(Path(configuration).read_text())["zero_optimization"]["stage"]
-    assert done.stdout.count(f"trains under ZeRO stage {stage}") == 2, done.stdout[-3000:]
+    return launcher + [ROOT / "tests" / "deepspeed_cpu.py"] + arguments, environment(DS_ACCELERATOR="cpu", PATH=path)
+
+
+def deepspeed(world, output, configuration, stage="pretrain", env=None, **options):
+    """As `train`, with two ranks under ZeRO; their trained weights are compared at the end."""
+    command, environ = deepspeed_command(world, output, configuration, stage, **options)
+    done = run(command, env={**environ, **(env or {})})
+    level = json.loads(Path(configuration).read_text())["zero_optimization"]["stage"]
+    assert done.stdout.count(f"trains under ZeRO stage {level}") == 2, done.stdout[-3000:]
+    assert done.stdout.count("weights are the same on all ranks") == 2, done.stdout[-3000:]
     return done
 
 

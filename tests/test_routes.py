@@ -212,7 +212,6 @@ def trained(starts):
         stage = "pretrain" if route == "pretrain" else "finetune"
         if route.startswith("ZeRO"):
             done = host.deepspeed(starts.world, output, host.zero(starts.folder, int(route[-1])), stage, **options)
-            assert done.stdout.count("weights are the same on all ranks") == 2
         elif route == "QLoRA":
             done = quantised_training(starts, output, **options)
         else:

@@ -153,8 +153,7 @@ def test_two_ranks_train_save_and_finetune(world, folder, kind):
     state = adapter(pretrain)
     assert set(state) == FUSER_NAMES | MLP_NAMES
     assert state["model.mm_projector.fuser.cross_gate.scale"].float().abs().max() > 0
-    done = launch(world, finetune, kind, "finetune", pretrain_mm_mlp_adapter=pretrain / "mm_projector.bin")
-    assert kind == "torchrun" or done.stdout.count("weights are the same on all ranks") == 2
+    launch(world, finetune, kind, "finetune", pretrain_mm_mlp_adapter=pretrain / "mm_projector.bin")
     history = json.loads((finetune / "trainer_state.json").read_text())["log_history"]
     gates = [entry["mm_fuser_cross_gate"] for entry in history if "loss" in entry]
     assert len(gates) == 2 and gates[0] != gates[1] and (finetune / "config.json").exists()
