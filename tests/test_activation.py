@@ -185,6 +185,19 @@ build_vision_projector(SimpleNamespace(mm_projector_type="mmfuser", **settings))
     assert any(line.split()[0] == state and target in line for line in report.stdout.splitlines() if line.strip())
 
 
+def test_drifted_trainer_only_takes_away_what_needs_it(world, tmp_path, drifted):
+    old = "_save_checkpoint(self, model, trial, metrics=None)"
+    env, _ = drifted("train/llava_trainer.py", old, "_save_checkpoint(self, model, trial, extra=None, metrics=None)")
+    launcher = [sys.executable, "-m", "llava_mmfuser", "run"]
+    reason = "llava.train.llava_trainer is left unpatched: llava.train.llava_trainer:LLaVATrainer._save_checkpoint"
+    done = host.train(world, tmp_path / "llava", launcher=launcher, env=env)
+    assert reason in done.stdout and "fuser weights: fresh" in done.stdout
+    assert "mm_fuser_cross_gate" not in (tmp_path / "llava" / "trainer_state.json").read_text()
+    done = host.train(world, tmp_path / "rate", launcher=launcher, env=env, check=False, mm_fuser_lr=1e-4)
+    assert done.returncode and "mm_fuser_lr=0.0001: llava_mmfuser does not fit this LLaVA" in done.stdout
+    assert reason in done.stdout.splitlines()[-1] and not (tmp_path / "rate").exists()
+
+
 def test_status_shows_every_target_and_where_llava_is():
     from llava_mmfuser.llava_patch import PATCHES
 

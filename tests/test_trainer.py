@@ -229,6 +229,26 @@ def test_run_that_was_killed_resumes_with_the_same_losses(world, tmp_path, kind,
     done = host.run(launch, env=env)
     expected = host.losses(whole)
     assert len(expected) > step + 2 and host.losses(killed) == expected, (step, done.stdout[-1500:])
+    if kind == "stage 1" and zero:
+        (file,) = (killed / f"checkpoint-{step}").glob("global_step*/mp_rank_00_model_states.pt")
+        names = list(torch.load(file, weights_only=False)["module"])
+        assert names and all("mm_projector" in name for name in names), "frozen weights are left out"
     if kind == "stage 1":
         states = [torch.load(folder / "mm_projector.bin") for folder in (whole, killed)]
         assert all(torch.equal(value, states[1][name]) for name, value in states[0].items())
+
+
+@pytest.mark.fp16_cpu
+def test_lora_checkpoint_in_the_middle_of_a_run_loads_by_itself(world, tmp_path):
+    from llava.mm_utils import get_model_name_from_path
+    from llava.model.builder import load_pretrained_model
+
+    options = dict(lora_enable=True, lora_r=4, save_strategy="steps", save_steps=2, learning_rate=1e-2)
+    host.train(world, tmp_path / "llava-lora", "finetune", **options)
+    folder = tmp_path / "llava-lora" / "checkpoint-2"
+    name = get_model_name_from_path(str(folder))
+    model = load_pretrained_model(str(folder), str(world / "llama"), name, device="cpu")[1]
+    saved = torch.load(folder / "non_lora_trainables.bin")
+    for name, value in model.get_model().mm_projector.state_dict().items():
+        assert torch.equal(value, saved[f"base_model.model.model.mm_projector.{name}"].half()), name
+    assert model.get_model().mm_projector.fuser.cross_gate.scale.abs().max() > 0
