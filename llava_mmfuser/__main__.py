@@ -98,7 +98,8 @@ def _reporting_errors(command: str, function: Callable[[argparse.Namespace], int
     try:
         return function(options)
     except KeyboardInterrupt:
-        sys.stderr.write(f"python -m llava_mmfuser {command}: interrupted; the same command again goes on from here\n")
+        again = "" if command == "inspect" else "; the same command again goes on from here"
+        sys.stderr.write(f"python -m llava_mmfuser {command}: interrupted{again}\n")
         return 130
     except OSError as error:
         reason = f"{error.strerror or error}" + (f": {error.filename}" if error.filename else "")

@@ -147,8 +147,12 @@ def save_tensors(state_dict: Mapping[str, torch.Tensor], path: str) -> None:
             os.unlink(partial)
 
 
-def read_adapter(path: str) -> Dict[str, torch.Tensor]:
+def read_adapter(path: str, optional: bool = False) -> Dict[str, torch.Tensor]:
     """Read the projector's tensors from ``mm_projector.bin`` or ``non_lora_trainables.bin``.
+
+    Args:
+        path: the file.
+        optional: whether it may have none, as where LoRA was trained with a frozen projector.
 
     Returns:
         Names, without the part up to ``mm_projector.``, to tensors on the CPU; the authors' names are left as they are.
@@ -158,7 +162,7 @@ def read_adapter(path: str) -> Dict[str, torch.Tensor]:
     """
     state_dict = read_tensors(path)
     projector = {name.split(MARK, 1)[1]: value for name, value in state_dict.items() if MARK in name}
-    if not projector:
+    if not projector and not optional:
         raise ValueError(
             f"{path} has no weights of a projector (no name with {MARK!r}); it looks like {describe(state_dict)}; "
             f"its first names: {', '.join(list(state_dict)[:3]) or 'none'}"
@@ -167,7 +171,7 @@ def read_adapter(path: str) -> Dict[str, torch.Tensor]:
 
 
 def matching_adapter(
-    path: str, settings: MMFuserConfig, expected: Shapes, vision_config: Any = None
+    path: str, settings: MMFuserConfig, expected: Shapes, vision_config: Any = None, optional: bool = False
 ) -> Dict[str, torch.Tensor]:
     """Read an adapter and refuse it unless it fits. One without a fuser fits if the inner projector does.
 
@@ -177,15 +181,18 @@ def matching_adapter(
         expected: names and shapes of the projector's weights, see `expected_shapes`.
         vision_config: of the vision tower, to compare the layers with those in the ``config.json`` of the adapter;
             None to skip that.
+        optional: a file of tensors without a projector is allowed, as LoRA with a frozen projector saves it.
 
     Returns:
-        Tensors under our names, without ``mm_projector.``.
+        Tensors under our names, without ``mm_projector.``; none of a file without a projector.
 
     Raises:
         ValueError: see `read_adapter`; missing, unexpected or wrongly shaped tensors, all listed by name, with what the
             file looks like; or an adapter trained with other layers or settings.
     """
-    weights = read_adapter(path)
+    weights = read_adapter(path, optional)
+    if not weights:
+        return weights
     kind = describe(weights)
     rename_published(weights, linear=settings.projector == "linear")
     problems = compare({name: tuple(value.shape) for name, value in weights.items()}, expected)
@@ -206,9 +213,14 @@ def matching_adapter(
 
 
 def compare(found: Shapes, expected: Shapes) -> Optional[str]:
-    """How names and shapes differ, or None. Without any fuser weight, only the inner projector counts."""
+    """`differences`, but without any fuser weight, only the inner projector counts."""
     if not any(name.startswith("fuser.") for name in found):
         expected = {name: shape for name, shape in expected.items() if not name.startswith("fuser.")}
+    return differences(found, expected)
+
+
+def differences(found: Shapes, expected: Shapes) -> Optional[str]:
+    """Missing, unexpected and wrongly shaped weights by name, or None."""
     missing = [name for name in expected if name not in found]
     unexpected = [name for name in found if name not in expected]
     problems = [f"missing {', '.join(missing)}"] if missing else []

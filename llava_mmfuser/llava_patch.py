@@ -18,14 +18,12 @@ from typing import Any, Dict, List, Optional, Sequence, Tuple
 
 from . import trainer
 from .checkpoint import (
-    MARK,
     convert_hint,
     is_authors_config,
     matching_adapter,
     missing_fuser_keys,
     read_adapter,
     read_config,
-    read_tensors,
 )
 from .config import (
     CLIP_TYPES,
@@ -95,6 +93,10 @@ def _initialize_vision_modules(original, self, model_args, fsdp=None):
         _refuse_layer_list(model_args)
         return original(self, model_args, fsdp=fsdp)
 
+    if fsdp:
+        raise ValueError(
+            f"fsdp={fsdp} together with mm_projector_type={PROJECTOR_TYPE} is not supported; use DeepSpeed instead"
+        )
     _check_trainer(model_args)
     tower = self.get_vision_tower()
     if fused:
@@ -110,6 +112,7 @@ def _initialize_vision_modules(original, self, model_args, fsdp=None):
     self.config.update(settings.to_llava())
     self.config.mm_fuser_lr = getattr(model_args, "mm_fuser_lr", None)  # as upstream keeps mm_projector_lr
     original(self, model_args, fsdp=fsdp)
+    self.mm_projector.lr = self.config.mm_fuser_lr
     self.mm_projector.log_gates = getattr(model_args, "mm_fuser_log_gates", True)
     query = model_args.mm_vision_select_layer
     tower_config = self.get_vision_tower().config
@@ -241,7 +244,7 @@ _TRAINER_PATCHES = (
         "llava.train.llava_trainer:LLaVATrainer._save_checkpoint",
         trainer.save_checkpoint,
         ("self", "model", "trial", "metrics"),
-        "stage 1 with a fuser can be resumed",
+        "stage 1 saves what resuming needs",
     ),
     Patch(
         _TRAINER + ".save_model",
@@ -253,13 +256,13 @@ _TRAINER_PATCHES = (
         _TRAINER + "._load_from_checkpoint",
         trainer.load_from_checkpoint,
         ("self", "resume_from_checkpoint", "model"),
-        "and give it back on resuming",
+        "resuming stage 1 or LoRA restores the projector",
     ),
     Patch(
         "transformers.trainer:deepspeed_load_checkpoint",
         trainer.deepspeed_load_checkpoint,
         ("deepspeed_engine", "checkpoint_path"),
-        "the same under DeepSpeed, whose checkpoints then leave out frozen weights",
+        "resuming stage 1 or LoRA under DeepSpeed, whose checkpoints leave out frozen weights",
     ),
     Patch(
         "transformers.trainer:deepspeed_init",
@@ -295,10 +298,15 @@ def apply(module: str) -> None:
         return
     _log_to_stderr()
     problems = [f"{row.target}: {detail}" for row, state, detail in check(module) if state != "ok"]
+    rows = [row for row in PATCHES[module] if row.replacement is not None]
     if not problems:
-        for row in PATCHES[module]:
-            if row.replacement is not None:
+        try:
+            for row in rows:
                 replace(row.target, row.replacement)
+        except Exception as error:
+            restore(row.target for row in rows)
+            problems = [f"{type(error).__name__}: {error}"]
+    if not problems:
         _applied[module] = None
         return
     _applied[module] = (
@@ -443,10 +451,9 @@ def _check_checkpoint(model_path: str, model_base: Optional[str], model_name: st
         return
     is_lora = "lora" in model_name.lower()
     adapter = find("non_lora_trainables.bin" if is_lora else "mm_projector.bin")
-    frozen = is_lora and adapter is not None and not any(MARK in name for name in read_tensors(adapter))
-    if adapter is not None and not frozen:
+    if adapter is not None:
         settings = MMFuserConfig.from_llava(SimpleNamespace(**config))
-        matching_adapter(adapter, settings, projector_shapes(config, settings))
+        matching_adapter(adapter, settings, projector_shapes(config, settings), optional=is_lora)
 
 
 def _kept_settings(model: Any, model_args: Any) -> MMFuserConfig:
@@ -466,7 +473,10 @@ def _kept_settings(model: Any, model_args: Any) -> MMFuserConfig:
 
 def _check_trainer(model_args: Any) -> None:
     lr = getattr(model_args, "mm_fuser_lr", None)
-    refusal = _applied.get("llava.train.llava_trainer", "LLaVATrainer has not been imported, which puts it into effect")
+    refusal = _applied.get(
+        "llava.train.llava_trainer",
+        "it needs LLaVATrainer, which has not been imported; train with it or drop the flag",
+    )
     if lr is not None and refusal is not None:
         raise ValueError(f"mm_fuser_lr={lr}: {refusal}")
 

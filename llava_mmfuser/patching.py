@@ -3,7 +3,7 @@
 import functools
 import importlib
 import inspect
-from typing import Any, Callable, Dict, NamedTuple, Optional, Tuple
+from typing import Any, Callable, Dict, Iterable, NamedTuple, Optional, Tuple
 
 
 class Patch(NamedTuple):
@@ -58,12 +58,12 @@ def replace(target: str, replacement: Callable) -> None:
     _originals[target] = original
 
 
-def restore() -> None:
-    """Put every original back."""
-    for target, original in _originals.items():
-        owner, name = _owner(target)
-        setattr(owner, name, original)
-    _originals.clear()
+def restore(targets: Optional[Iterable[str]] = None) -> None:
+    """Put the originals of these targets back, or all."""
+    for target in list(_originals if targets is None else targets):
+        if target in _originals:
+            owner, name = _owner(target)
+            setattr(owner, name, _originals.pop(target))
 
 
 def _owner(target: str) -> Tuple[Any, str]:

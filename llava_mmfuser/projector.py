@@ -35,6 +35,7 @@ class MMFuserProjector(Resettable, nn.Module):
             self.register_parameter(name, parameter)
         self.fuser = fuser
         self.num_loaded = None  # fuser tensors in the last state dict that had any of this projector's
+        self.lr = None  # of the fuser; None takes that of the projector
         self.log_gates = True  # whether the Trainer logs the fuser's gates
         self._problems = None  # what that state dict lacked or had too much
         self.register_load_state_dict_post_hook(self._after_load_state_dict)
@@ -93,7 +94,8 @@ class MMFuserProjector(Resettable, nn.Module):
         fuser = {"fuser." + name for name, _ in self.fuser.named_parameters()}
         self.num_loaded = len(fuser & shapes.keys()) if shapes else None
         # A shard of a whole model may hold any part of the projector; an adapter must hold all of it.
-        whole = shapes and all(MARK in key for key in state_dict) or prefix == ""
+        whole = prefix == "" or (shapes and all(MARK in key for key in state_dict))
+        whole = whole and not any(hasattr(value, "ds_id") for value in self.parameters())  # loaded by DeepSpeed itself
         self._problems = compare(shapes, self.shapes()) if whole else None
         super()._load_from_state_dict(state_dict, prefix, *args)
 

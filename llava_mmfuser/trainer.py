@@ -7,12 +7,15 @@ model they do nothing but call it.
 import contextlib
 import functools
 import os
+import sys
+from types import SimpleNamespace
 from typing import Any, ContextManager, Dict, Iterable, Iterator, Optional, Tuple
 
 import torch
 from torch import nn
 
-from .checkpoint import read_tensors, save_tensors
+from .checkpoint import differences, read_config, read_tensors, save_tensors
+from .config import PROJECTOR_TYPE, MMFuserConfig, spell
 from .fuser import MMFuser
 from .projector import MMFuserProjector
 from .resettable import Gate, LayerNorm
@@ -112,11 +115,12 @@ def load_trainables(model: nn.Module, path: str) -> None:
         ValueError: no such file, an unreadable one, or one that does not hold exactly what is trained now.
     """
     state, wanted = read_tensors(path), dict(_trainables(model))
-    missing, unexpected = sorted(wanted.keys() - state.keys()), sorted(state.keys() - wanted.keys())
-    if missing or unexpected:
+    shapes, expected = ({name: tuple(value.shape) for name, value in kind.items()} for kind in (state, wanted))
+    problems = differences(shapes, expected)
+    if problems:
         raise ValueError(
-            f"{path} does not belong to this run: missing {', '.join(missing) or 'nothing'}, "
-            f"unexpected {', '.join(unexpected) or 'nothing'}; resume with the flags of the interrupted run"
+            f"{path} does not belong to this run: {problems}; resume with the flags of the interrupted run, "
+            f"or choose another output_dir"
         )
     with torch.no_grad():
         for name, parameter in wanted.items():
@@ -127,17 +131,22 @@ def create_optimizer(original, self):
     created, optimizer = self.optimizer is None, original(self)
     projector = find_projector(self.model)
     if created and projector is not None:
-        regroup(optimizer, projector.fuser, getattr(self.model.config, "mm_fuser_lr", None))
+        regroup(optimizer, projector.fuser, projector.lr)
     return optimizer
 
 
 def deepspeed_init(original, self, *args, **kwargs):
-    lr = getattr(self.model.config, "mm_fuser_lr", None)
-    if lr is not None and "optimizer" in self.accelerator.state.deepspeed_plugin.hf_ds_config.config:
-        raise ValueError(
-            f"mm_fuser_lr={lr}, but the DeepSpeed configuration has an optimizer of its own, which has one learning "
-            f"rate; drop its section 'optimizer' (LLaVA's own configurations have none) or the flag"
-        )
+    projector = find_projector(self.model)
+    lr = None if projector is None else projector.lr
+    if lr is not None:
+        config = self.accelerator.state.deepspeed_plugin.hf_ds_config.config
+        sections = [section for section in ("optimizer", "scheduler") if section in config]
+        if sections:
+            raise ValueError(
+                f"mm_fuser_lr={lr}, but the DeepSpeed configuration has the section {' and '.join(sections)}, which "
+                f"has one learning rate for all; delete it there (LLaVA's zero2.json and zero3.json have none), or "
+                f"drop the flag"
+            )
     return original(self, *args, **kwargs)
 
 
@@ -159,7 +168,21 @@ def _trainables_file(model: nn.Module) -> Optional[str]:
         return None
     if getattr(model.config, "tune_mm_mlp_adapter", False):
         return ADAPTER
-    return NON_LORA if hasattr(model, "peft_config") else None
+    peft = sys.modules.get("peft")
+    return NON_LORA if peft and isinstance(model, peft.PeftModel) else None
+
+
+def _check_same_settings(model: nn.Module, checkpoint: str) -> None:
+    """Refuse to resume a checkpoint whose fuser has other layers or settings, which its shapes may not show."""
+    config = read_config(checkpoint) or {}
+    if find_projector(model) is not None and config.get("mm_projector_type") == PROJECTOR_TYPE:
+        before, now = (MMFuserConfig.from_llava(c).to_llava() for c in (SimpleNamespace(**config), model.config))
+        for name, value in before.items():
+            if value != now[name]:
+                raise ValueError(
+                    f"{checkpoint} was trained with {name}={spell(value)}, but this run has {spell(now[name])}; resume "
+                    f"with the flags of the interrupted run, or choose another output_dir"
+                )
 
 
 def save_checkpoint(original, self, model, trial, metrics=None):
@@ -168,8 +191,8 @@ def save_checkpoint(original, self, model, trial, metrics=None):
     from transformers import Trainer
 
     engine = self.model_wrapped
-    trained_only = self.is_deepspeed_enabled and _replaced(engine, "save_checkpoint", exclude_frozen_parameters=True)
-    with trained_only or contextlib.nullcontext():
+    trained_only = _replaced(engine, "save_checkpoint", exclude_frozen_parameters=True)
+    with trained_only if self.is_deepspeed_enabled else contextlib.nullcontext():
         return Trainer._save_checkpoint(self, model, trial, metrics=metrics)
 
 
@@ -178,6 +201,7 @@ def save_model(original, self, output_dir=None, _internal_call=False):
     if file != ADAPTER:
         original(self, output_dir, _internal_call=_internal_call)
     if file is not None:
+        output_dir = output_dir or self.args.output_dir
         save_trainables(self.model, os.path.join(output_dir, file), self.args.should_save)
         if self.args.should_save:
             self.model.config.save_pretrained(output_dir)
@@ -185,6 +209,12 @@ def save_model(original, self, output_dir=None, _internal_call=False):
 
 def load_from_checkpoint(original, self, resume_from_checkpoint, model=None):
     file = _trainables_file(self.model)
+    _check_same_settings(self.model, resume_from_checkpoint)
+    if file == ADAPTER and not os.path.isfile(os.path.join(resume_from_checkpoint, "trainer_state.json")):
+        raise ValueError(
+            f"{resume_from_checkpoint} holds an adapter only and cannot be resumed; move it out of output_dir, and to "
+            f"start from it, pass --pretrain_mm_mlp_adapter {os.path.join(resume_from_checkpoint, file)}"
+        )
     if file != ADAPTER:
         original(self, resume_from_checkpoint, model)
     if file is not None:
@@ -192,6 +222,7 @@ def load_from_checkpoint(original, self, resume_from_checkpoint, model=None):
 
 
 def deepspeed_load_checkpoint(original, deepspeed_engine, checkpoint_path, *args, **kwargs):
+    _check_same_settings(deepspeed_engine.module, checkpoint_path)
     if _trainables_file(deepspeed_engine.module) is None:
         return original(deepspeed_engine, checkpoint_path, *args, **kwargs)
     with _replaced(deepspeed_engine, "load_checkpoint", load_module_strict=False):  # frozen weights are not in it

@@ -1,7 +1,7 @@
 """Writing a folder file by file so that it can be interrupted: nothing half-written bears its final name."""
 
 import contextlib
-import copy as shallow
+import copy
 import errno
 import json
 import os
@@ -90,7 +90,7 @@ def _write_bin(
     source: str, rename: Callable[[str], str], extra: Dict[str, torch.Tensor], path: str, advance: Advance
 ) -> None:
     old = load_bin(source)
-    new = shallow.copy(old)  # keeps the attribute _metadata of a module's state dict
+    new = copy.copy(old)  # keeps the attribute _metadata of a module's state dict
     new.clear()
     new.update({rename(name): value for name, value in old.items()})
     new.update(extra)

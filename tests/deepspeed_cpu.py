@@ -2,6 +2,9 @@
 needs without a GPU. Nothing of LLaVA is changed; FlashAttention, which train_mem.py asks for, needs a GPU.
 """
 
+import os
+import sys
+
 import deepspeed
 import torch
 import torch.distributed as dist
@@ -54,3 +57,5 @@ if __name__ == "__main__":
     save_state = LLaVATrainer.save_state
     LLaVATrainer.save_state = lambda self: (_compare_ranks(self), save_state(self))
     train()
+    sys.stdout.flush()
+    os._exit(0)  # gloo's threads sometimes abort an interpreter that ends normally

@@ -2,7 +2,6 @@
 
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -83,8 +82,14 @@ def test_trainables_come_back_and_others_are_refused(tmp_path):
     for (name, value), expected in zip(target.fuser.named_parameters(), source.fuser.parameters()):
         assert torch.equal(value, expected), name
     target.other.requires_grad_(True)
-    with pytest.raises(ValueError, match=r"does not belong to this run: missing other.bias, other.weight, unexpected"):
+    with pytest.raises(ValueError, match=r"does not belong to this run: missing other.weight, other.bias; resume"):
         load_trainables(target, str(tmp_path / "step" / "weights.bin"))
+    target.other.requires_grad_(False)
+    torch.save(
+        {**torch.load(tmp_path / "step" / "weights.bin"), "fuser.query_norm.bias": torch.zeros(1)}, tmp_path / "b"
+    )
+    with pytest.raises(ValueError, match=r"fuser.query_norm.bias is \[1\] instead of \[32\]"):
+        load_trainables(target, str(tmp_path / "b"))
     with pytest.raises(ValueError, match="no such file"):
         load_trainables(target, str(tmp_path / "step" / "other.bin"))
     save_trainables(source, str(tmp_path / "nothing" / "weights.bin"), write=False)
@@ -172,6 +177,39 @@ def test_wrong_rates_fail_before_any_weight_is_read(world, tmp_path, options, me
     assert done.returncode != 0 and message in done.stdout.splitlines()[-1], done.stdout[-2000:]
 
 
+@pytest.mark.deepspeed_cpu
+@pytest.mark.parametrize("section", ["optimizer", "scheduler"])
+def test_rate_that_deepspeed_would_ignore_is_refused(world, tmp_path, section):
+    configuration = host.zero(tmp_path, 2)
+    settings = json.loads(configuration.read_text())
+    settings["zero_allow_untested_optimizer"] = True
+    settings[section] = {"type": {"optimizer": "AdamW", "scheduler": "WarmupLR"}[section], "params": {}}
+    configuration.write_text(json.dumps(settings))
+    command, env = host.deepspeed_command(world, tmp_path / "out", configuration, mm_fuser_lr=1e-4)
+    done = host.run(command, env=env, check=False)
+    assert (
+        done.returncode
+        and f"mm_fuser_lr=0.0001, but the DeepSpeed configuration has the section {section}" in done.stdout
+    )
+
+
+def test_changed_settings_are_noticed_on_resuming(world, tmp_path):
+    options = dict(save_strategy="steps", save_steps=2)
+    host.train(world, tmp_path / "llava", mm_vision_select_layer="3,5,7", **options)
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    done = host.train(world, tmp_path / "llava", mm_vision_select_layer="2,4,7", check=False, **options)
+    assert done.returncode and "was trained with mm_fuser_layers=3,5,7, but this run has 2,4,7" in done.stdout
+    (tmp_path / "llava" / "checkpoint-4" / "trainer_state.json").unlink()  # as upstream saves stage 1
+    done = host.train(world, tmp_path / "llava", mm_vision_select_layer="3,5,7", check=False, **options)
+    assert done.returncode and "checkpoint-4 holds an adapter only and cannot be resumed" in done.stdout
+    assert all(path.read_bytes() == content for path, content in before.items() if path.exists())
+
+
+def test_fsdp_is_refused(world, tmp_path):
+    done = host.train(world, tmp_path / "llava", check=False, fsdp="full_shard auto_wrap")
+    assert done.returncode and "together with mm_projector_type=mmfuser is not supported" in done.stdout
+
+
 def resumable(output):
     """Steps of the checkpoints in a run's folder."""
     return sorted(int(path.name.split("-")[1]) for path in output.glob("checkpoint-*") if path.is_dir())
@@ -203,17 +241,23 @@ def kill_after(step, output, command, env):
     assert not (output / "trainer_state.json").exists(), "killed in the middle of the epoch"
 
 
-@pytest.mark.parametrize("zero", [None, pytest.param(2, marks=pytest.mark.deepspeed_cpu)], ids=["plain", "ZeRO-2"])
-@pytest.mark.parametrize("kind", ["full", "lora", "stage 1"])
-def test_run_that_was_killed_resumes_with_the_same_losses(world, tmp_path, kind, zero):
+def zero(kind, stage):
+    return pytest.param(kind, stage, marks=pytest.mark.deepspeed_cpu, id=f"{kind} ZeRO-{stage}")
+
+
+@pytest.mark.parametrize(  # under DeepSpeed as LLaVA's scripts use it
+    "kind,level",
+    [("full", None), ("lora", None), ("stage 1", None), zero("full", 3), zero("lora", 3), zero("stage 1", 2)],
+)
+def test_run_that_was_killed_resumes_with_the_same_losses(world, tmp_path, kind, level):
     stage = "pretrain" if kind == "stage 1" else "finetune"
     options = dict(save_strategy="steps", save_steps=2, num_train_epochs=3, per_device_train_batch_size=2)
-    options["bf16"] = zero is not None
+    options["bf16"] = level is not None
     options.update(lora_enable=True, lora_r=4) if kind == "lora" else None
 
     def command(output):
-        if zero:
-            command, env = host.deepspeed_command(world, output, host.zero(tmp_path, zero), stage, **options)
+        if level:
+            command, env = host.deepspeed_command(world, output, host.zero(tmp_path, level), stage, **options)
             return command, {**env, **TRUSTED}
         arguments = host.train_arguments(world, output, stage, **options)
         return [sys.executable, "-c", SEEDED, host.train_py()] + arguments, host.environment(**TRUSTED)
@@ -223,13 +267,11 @@ def test_run_that_was_killed_resumes_with_the_same_losses(world, tmp_path, kind,
     host.run(launch, env=env)
     kill_after(4, killed, *command(killed))
     step = resumable(killed)[-1]
-    for folder in killed.glob("tmp-checkpoint-*"):
-        shutil.rmtree(folder)
     launch, env = command(killed)
     done = host.run(launch, env=env)
     expected = host.losses(whole)
     assert len(expected) > step + 2 and host.losses(killed) == expected, (step, done.stdout[-1500:])
-    if kind == "stage 1" and zero:
+    if kind == "stage 1" and level:
         (file,) = (killed / f"checkpoint-{step}").glob("global_step*/mp_rank_00_model_states.pt")
         names = list(torch.load(file, weights_only=False)["module"])
         assert names and all("mm_projector" in name for name in names), "frozen weights are left out"
