@@ -1,6 +1,14 @@
 """MMFuser (arXiv 2410.11829) for an unmodified LLaVA: ``--mm_projector_type mmfuser``.
 
 Importing this package imports nothing heavy: it runs at every interpreter start, so the API below is resolved on use.
+
+Where things live, from LLaVA inwards:
+
+* hooking: ``activation`` (import hook), ``llava_patch`` (what of LLaVA is replaced, and why), ``patching`` (how)
+* in LLaVA's place: ``vision`` (several layers of the tower), ``projector``, ``trainer``
+* the block: ``config`` (every setting), ``fuser``, ``attention``, ``ops`` (sampling), ``resettable`` (its leaf modules)
+* checkpoints: ``checkpoint`` (names, shapes, adapters), ``inspection``, ``convert`` (what to write), ``writing`` (how)
+* ``__main__``: the command line
 """
 
 __version__ = "0.1.0"
