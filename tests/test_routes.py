@@ -123,7 +123,7 @@ class Starts:
 
     def _adapter(self, kind):
         def make(output):
-            options = dict(bf16=False, learning_rate=1e-2, max_steps=3)
+            options = dict(learning_rate=1e-2, max_steps=3)
             host.train(self.world, output, mm_projector_type=kind, **options)
 
         return self._made(f"llava-adapter-{kind}", make)

@@ -252,7 +252,6 @@ def zero(kind, stage):
 def test_run_that_was_killed_resumes_with_the_same_losses(world, tmp_path, kind, level):
     stage = "pretrain" if kind == "stage 1" else "finetune"
     options = dict(save_strategy="steps", save_steps=2, num_train_epochs=3, per_device_train_batch_size=2)
-    options["bf16"] = level is not None
     options.update(lora_enable=True, lora_r=4) if kind == "lora" else None
 
     def command(output):
