@@ -366,8 +366,15 @@ def status() -> Dict[str, Any]:
             )
         },
         "targets": [(row.target, state, detail) for row, state, detail in check()],
-        "implementations": {device: select_implementation(device) for device in ("cpu", "cuda")},
+        "implementations": {device: _implementation(device) for device in ("cpu", "cuda")},
     }
+
+
+def _implementation(device: str) -> str:
+    try:
+        return select_implementation(device)
+    except ValueError as error:
+        return str(error)
 
 
 def _refuse_mmfuser(reason: str) -> None:

@@ -1,9 +1,10 @@
 import pytest
 import torch
 
-from llava_mmfuser.ops import IMPLEMENTATIONS, deformable_sampling, select_implementation
+from llava_mmfuser.ops import IMPLEMENTATIONS, deformable_sampling, select_implementation, unavailable
 
-FAST = [name for name in IMPLEMENTATIONS if name != "reference"]
+PYTORCH = [name for name in IMPLEMENTATIONS if name != "triton"]  # which has its own file
+FAST = [name for name in PYTORCH if name != "reference"]
 # Largest deviation from the float64 reference, relative to its largest value.
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 8e-3, torch.float16: 1e-3}
 
@@ -54,7 +55,7 @@ def test_fast_path_equals_the_reference(implementation, dtype, case):
         assert e.abs().max() == 0 and f.abs().max() == 0 or deviation(f, e) < limit, name
 
 
-@pytest.mark.parametrize("implementation", list(IMPLEMENTATIONS))
+@pytest.mark.parametrize("implementation", PYTORCH)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_types_are_computed_in_float32(implementation, dtype):
     value, offsets, logits = inputs(dtype=dtype)
@@ -68,7 +69,7 @@ def test_half_types_are_computed_in_float32(implementation, dtype):
         assert deviation(f, e) < TOLERANCE[dtype]
 
 
-@pytest.mark.parametrize("implementation", list(IMPLEMENTATIONS))
+@pytest.mark.parametrize("implementation", PYTORCH)
 def test_gradients_match_finite_differences(implementation):
     value, offsets, logits = inputs(batch=1, grid=(3, 3), heads=2, levels=2, points=2, depth=2, spread=1.0)
     distance = (offsets - offsets.round()).abs().clamp(min=1e-9)
@@ -85,7 +86,7 @@ def test_huge_offsets_read_zero(implementation, offset):
     assert torch.equal(out, torch.zeros_like(out))
 
 
-@pytest.mark.parametrize("implementation", list(IMPLEMENTATIONS))
+@pytest.mark.parametrize("implementation", PYTORCH)
 @pytest.mark.parametrize("poisoned", [0, 1, 2], ids=["value", "offsets", "logits"])
 def test_nan_never_crashes_and_value_and_logits_pass_it_on(implementation, poisoned):
     tensors = list(inputs(dtype=torch.float32))
@@ -107,8 +108,46 @@ def test_works_on_empty_batches_and_views(implementation):
     torch.testing.assert_close(deformable_sampling(*tensors, (5, 5), implementation), expected)
 
 
+def test_backward_is_deterministic_and_differentiable_once():
+    value, offsets, logits = (tensor.detach().requires_grad_() for tensor in inputs())
+    gradients = []
+    for _ in range(3):
+        out = deformable_sampling(value, offsets, logits, (5, 5), "embedding_bag")
+        gradients.append(torch.autograd.grad(out.square().sum(), (value, offsets, logits)))
+    assert all(torch.equal(a, b) for other in gradients[1:] for a, b in zip(gradients[0], other))
+    out = deformable_sampling(value, offsets, logits, (5, 5), "embedding_bag")
+    (grad,) = torch.autograd.grad(out.square().sum(), value, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        grad.sum().backward()
+
+
+@pytest.mark.parametrize("needed", [(True, False, False), (False, True, False), (False, False, True)])
+def test_only_needed_gradients_are_computed(needed):
+    tensors = [tensor.detach().requires_grad_(flag) for tensor, flag in zip(inputs(), needed)]
+    wanted = [tensor for tensor in tensors if tensor.requires_grad]
+    found, expected = (
+        torch.autograd.grad(deformable_sampling(*tensors, (5, 5), name).square().sum(), wanted)
+        for name in ("embedding_bag", "reference")
+    )
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_implementation_that_cannot_run_here_is_refused_by_name():
+    value, offsets, logits = inputs()
+    with pytest.raises(ValueError, match="implementation='triton' cannot run here: the Triton kernels (need|take)"):
+        deformable_sampling(value.double(), offsets, logits, (5, 5), "triton")
+    assert (
+        unavailable("embedding_bag", torch.device("cuda"), torch.float32)
+        == "embedding_bag is for the CPU, not for cuda"
+    )
+    assert unavailable("reference", torch.device("cuda"), torch.float32) is None
+    with pytest.raises(ValueError, match="they must be on one device"):
+        deformable_sampling(value, offsets.to("meta"), logits, (5, 5))
+
+
 def test_predicate_and_unknown_names():
     assert select_implementation(torch.device("cpu")) == "embedding_bag"
+    assert select_implementation(torch.device("cuda"), torch.bfloat16) == "reference"
     with pytest.raises(ValueError, match="implementation='quick' is not known; use reference or embedding_bag"):
         deformable_sampling(*inputs(), (5, 5), "quick")
 
@@ -119,3 +158,16 @@ def test_shapes_that_do_not_belong_together_are_refused():
         deformable_sampling(value, offsets, logits[..., :1], (5, 5))
     with pytest.raises(ValueError, match=r"grid=\(4, 5\) has 20 cells"):
         deformable_sampling(value, offsets, logits, (4, 5))
+
+
+def test_variable_picks_the_implementation_or_says_why_not(monkeypatch):
+    monkeypatch.setenv("LLAVA_MMFUSER_SAMPLING", "reference")
+    assert select_implementation(torch.device("cpu")) == "reference"
+    monkeypatch.setenv("LLAVA_MMFUSER_SAMPLING", "embedding_bag")
+    with pytest.raises(
+        ValueError, match="LLAVA_MMFUSER_SAMPLING=embedding_bag cannot run here: .* not for cuda; unset"
+    ):
+        select_implementation(torch.device("cuda"))
+    monkeypatch.setenv("LLAVA_MMFUSER_SAMPLING", "fast")
+    with pytest.raises(ValueError, match="LLAVA_MMFUSER_SAMPLING=fast is not known; use reference or embedding_bag or"):
+        deformable_sampling(*inputs(), (5, 5))

@@ -1,18 +1,65 @@
 """Deformable sampling: one definition (`reference`) and the faster formulations that match it."""
 
-from typing import Optional, Tuple
+import os
+from typing import Any, Callable, Dict, Optional, Tuple
 
 import torch
 
-from .embedding_bag import deformable_sampling as _embedding_bag
-from .reference import deformable_sampling as _reference
+from . import embedding_bag, reference
 
-IMPLEMENTATIONS = {"reference": _reference, "embedding_bag": _embedding_bag}
+VARIABLE = "LLAVA_MMFUSER_SAMPLING"
 
 
-def select_implementation(device: torch.device) -> str:
-    """The implementation that runs on a device: ``embedding_bag`` on the CPU, ``reference`` everywhere else."""
-    return "embedding_bag" if torch.device(device).type == "cpu" else "reference"
+def _triton(*arguments: Any) -> torch.Tensor:
+    from . import triton_kernels  # imports triton
+
+    return triton_kernels.deformable_sampling(*arguments)
+
+
+IMPLEMENTATIONS: Dict[str, Callable[..., torch.Tensor]] = {
+    "reference": reference.deformable_sampling,
+    "embedding_bag": embedding_bag.deformable_sampling,
+    "triton": _triton,
+}
+
+
+def unavailable(implementation: str, device: torch.device, dtype: torch.dtype) -> Optional[str]:
+    """Why an implementation cannot run for a value of this dtype on this device; None if it can.
+
+    Raises:
+        ValueError: unknown implementation.
+    """
+    if implementation not in IMPLEMENTATIONS:
+        raise ValueError(f"implementation={implementation!r} is not known; use {' or '.join(IMPLEMENTATIONS)}")
+    device = torch.device(device)
+    if implementation == "triton":
+        from . import triton_kernels
+
+        return triton_kernels.unavailable(device, dtype)
+    if implementation == "embedding_bag" and device.type != "cpu":
+        return f"embedding_bag is for the CPU, not for {device.type}"
+    return None
+
+
+def select_implementation(device: torch.device, dtype: torch.dtype = torch.float32) -> str:
+    """What runs for a value of this dtype on this device: what the variable ``LLAVA_MMFUSER_SAMPLING`` names, else
+    ``embedding_bag`` on the CPU and ``reference`` everywhere else.
+
+    The Triton kernels have passed every test in Triton's interpreter, but have not run on a GPU yet; so they run only
+    where they are asked for.
+
+    Raises:
+        ValueError: the variable names an implementation that does not exist or cannot run here.
+    """
+    chosen = os.environ.get(VARIABLE)
+    if not chosen:
+        return "embedding_bag" if torch.device(device).type == "cpu" else "reference"
+    if chosen not in IMPLEMENTATIONS:
+        raise ValueError(f"{VARIABLE}={chosen} is not known; use {' or '.join(IMPLEMENTATIONS)}, or unset it")
+    reason = unavailable(chosen, device, dtype)
+    if reason:
+        raise ValueError(f"{VARIABLE}={chosen} cannot run here: {reason}; unset it")
+    return chosen
 
 
 def deformable_sampling(
@@ -40,12 +87,14 @@ def deformable_sampling(
         [B, H*W, heads * D] in the dtype of value.
 
     Raises:
-        ValueError: unknown implementation, or shapes that do not belong together.
+        ValueError: unknown implementation, one that cannot run here, or shapes or devices that do not belong together.
     """
     if implementation is None:
-        implementation = select_implementation(value.device)
-    if implementation not in IMPLEMENTATIONS:
-        raise ValueError(f"implementation={implementation!r} is not known; use {' or '.join(IMPLEMENTATIONS)}")
+        implementation = select_implementation(value.device, value.dtype)
+    else:
+        reason = unavailable(implementation, value.device, value.dtype)
+        if reason:
+            raise ValueError(f"implementation={implementation!r} cannot run here: {reason}")
     queries = grid[0] * grid[1]
     if value.dim() != 4 or offsets.dim() != 6 or offsets.shape[-1] != 2 or logits.shape != offsets.shape[:-1]:
         raise ValueError(
@@ -58,6 +107,13 @@ def deformable_sampling(
             f"grid={grid} has {queries} cells, which does not fit value {tuple(value.shape)} "
             f"and offsets {tuple(offsets.shape)}"
         )
+    if not value.device == offsets.device == logits.device:
+        raise ValueError(
+            f"value, offsets and logits are on {value.device}, {offsets.device} and {logits.device}; "
+            f"they must be on one device"
+        )
+    if implementation == "triton":  # reads any floating dtype and computes in float32
+        return IMPLEMENTATIONS[implementation](value, offsets, logits, grid)
     dtype = torch.promote_types(value.dtype, torch.float32)
     out = IMPLEMENTATIONS[implementation](value.to(dtype), offsets.to(dtype), logits.to(dtype), grid)
     return out.to(value.dtype)
