@@ -5,12 +5,11 @@ import dataclasses
 import json
 import os
 import re
-from types import SimpleNamespace
 from typing import Any, Dict, Iterable, List, Mapping, Optional, Tuple
 
 import torch
 
-from .config import PROJECTOR_TYPE, MMFuserConfig, spell
+from .config import PROJECTOR_TYPE, MMFuserConfig, read_setting, spell
 from .fuser import PUBLISHED_NAMES, MMFuser
 
 MARK = "mm_projector."
@@ -201,7 +200,7 @@ def matching_adapter(
     config = read_config(os.path.dirname(path)) or {}
     of_fuser = is_authors_config(config) or config.get("mm_projector_type") == PROJECTOR_TYPE
     if vision_config is not None and of_fuser and any(name.startswith("fuser.") for name in weights):
-        trained = MMFuserConfig.from_llava(SimpleNamespace(**config)).resolve(vision_config)
+        trained = MMFuserConfig.from_llava(config).resolve(vision_config)
         for name in (field.name for field in dataclasses.fields(settings) if field.name != "projector"):
             before, now = spell(getattr(trained, name)), spell(getattr(settings, name))
             if before != now:
@@ -252,8 +251,8 @@ def read_config(folder: str) -> Optional[Dict[str, Any]]:
 def is_authors_config(config: Any) -> bool:
     """Whether a config (dict or object) is of a checkpoint of the authors' fork: a list of layers, no projector type
     of its own."""
-    get = config.get if isinstance(config, dict) else lambda name: getattr(config, name, None)
-    return isinstance(get("mm_vision_select_layer"), (list, tuple)) and get("mm_projector_type") != PROJECTOR_TYPE
+    listed = isinstance(read_setting(config, "mm_vision_select_layer"), (list, tuple))
+    return listed and read_setting(config, "mm_projector_type") != PROJECTOR_TYPE
 
 
 def convert_hint(path: str) -> str:

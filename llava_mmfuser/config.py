@@ -178,13 +178,14 @@ class MMFuserConfig:
 
     @classmethod
     def from_llava(cls, source: Any) -> "MMFuserConfig":
-        """Read the ``mm_fuser_*`` attributes of a LLaVA config or of `ModelArguments`; absent or None means default.
+        """Read the ``mm_fuser_*`` settings of a LLaVA config, a config.json (dict) or `ModelArguments`; absent or None
+        means default.
 
         The layers are ``mm_fuser_layers``, else ``mm_vision_select_layer``.
         """
-        given = {f.name: getattr(source, FLAG_PREFIX + f.name, None) for f in dataclasses.fields(cls)}
+        given = {f.name: read_setting(source, FLAG_PREFIX + f.name) for f in dataclasses.fields(cls)}
         if given["layers"] is None:
-            select_layer = getattr(source, "mm_vision_select_layer", None)
+            select_layer = read_setting(source, "mm_vision_select_layer")
             given["layers"] = None if select_layer is None else parse_layers(select_layer)
         else:
             given["layers"] = parse_listed_layers(given["layers"])
@@ -210,6 +211,11 @@ TRAINING_FLAGS = (
 )
 
 
+def read_setting(source: Any, name: str) -> Any:
+    """A setting of a LLaVA config, a config.json (dict) or `ModelArguments`; None where it is absent."""
+    return source.get(name) if isinstance(source, dict) else getattr(source, name, None)
+
+
 def check_num_heads(hidden_size: int, num_heads: int) -> None:
     """Raise ValueError unless the heads divide the width."""
     if hidden_size % num_heads:
@@ -222,7 +228,7 @@ def check_num_heads(hidden_size: int, num_heads: int) -> None:
 
 def layers_setting(source: Any) -> str:
     """The setting that names the layers in `source`: ``mm_fuser_layers`` if given, else ``mm_vision_select_layer``."""
-    return "mm_vision_select_layer" if getattr(source, "mm_fuser_layers", None) is None else "mm_fuser_layers"
+    return "mm_vision_select_layer" if read_setting(source, "mm_fuser_layers") is None else "mm_fuser_layers"
 
 
 def explicit_settings(source: Any) -> Dict[str, Any]:

@@ -10,7 +10,6 @@ import json
 import os
 import re
 import zipfile
-from types import SimpleNamespace
 from typing import Any, Dict, Iterable, Iterator, List, Mapping, NamedTuple, Optional, Tuple
 
 import torch
@@ -211,7 +210,10 @@ def tower_config(name: str, local_files_only: bool = False) -> Any:
     except OSError as error:
         reason = str(error).splitlines()[0]
         raise ValueError(f"the config of the vision tower {name!r} cannot be read: {reason}") from error
-    raise ValueError(f"the vision tower {name!r} has model_type={kind!r}; a fuser needs a CLIP tower")
+    raise ValueError(
+        f"vision_tower={name!r} has model_type={kind!r}, but mm_projector_type={PROJECTOR_TYPE} needs a CLIP tower, "
+        f"such as openai/clip-vit-large-patch14-336"
+    )
 
 
 def projector_shapes(config: Mapping[str, Any], settings: MMFuserConfig) -> Shapes:
@@ -241,7 +243,7 @@ def settings_of(config: Mapping[str, Any]) -> MMFuserConfig:
         ValueError: a setting that is not allowed.
     """
     if config.get("mm_projector_type") == PROJECTOR_TYPE:
-        return MMFuserConfig.from_llava(SimpleNamespace(**config))
+        return MMFuserConfig.from_llava(config)
     projector = config.get("mm_projector_type", "linear")
     if is_authors_config(config):
         return MMFuserConfig(layers=config["mm_vision_select_layer"], projector=projector)
@@ -379,7 +381,7 @@ def _fit_lines(config: Mapping[str, Any], projectors: Mapping[str, Mapping[str, 
     if not projectors:
         raise ValueError(f"there are no weights of a projector (no name with {MARK!r})")
     fused = config.get("mm_projector_type") == PROJECTOR_TYPE or is_authors_config(config)
-    if fused and not check_layers(config, settings, layers_setting(SimpleNamespace(**config))):
+    if fused and not check_layers(config, settings, layers_setting(config)):
         tower = config.get("mm_vision_tower")
         yield f"note: layers not compared with the vision tower, because the config of {tower!r} is not on this machine"
     for label, weights in projectors.items():

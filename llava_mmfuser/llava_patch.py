@@ -26,7 +26,6 @@ from .checkpoint import (
     read_config,
 )
 from .config import (
-    CLIP_TYPES,
     PROJECTOR_TYPE,
     MMFuserConfig,
     check_arguments,
@@ -35,7 +34,7 @@ from .config import (
     resolve_layers,
     with_fuser_flags,
 )
-from .inspection import projector_shapes
+from .inspection import projector_shapes, tower_config
 from .ops import select_implementation
 from .patching import Patch, check_row, replace, restore
 from .projector import MMFuserProjector
@@ -115,11 +114,11 @@ def _initialize_vision_modules(original, self, model_args, fsdp=None):
     self.mm_projector.lr = self.config.mm_fuser_lr
     self.mm_projector.log_gates = getattr(model_args, "mm_fuser_log_gates", True)
     query = model_args.mm_vision_select_layer
-    tower_config = self.get_vision_tower().config
-    if not isinstance(query, int) or query % (tower_config.num_hidden_layers + 1) != settings.layers[-1]:
+    vision_config = self.get_vision_tower().config
+    if not isinstance(query, int) or query % (vision_config.num_hidden_layers + 1) != settings.layers[-1]:
         self.config.mm_vision_select_layer = settings.layers[-1]
     if adapter is not None:
-        weights = matching_adapter(adapter, settings, self.mm_projector.shapes(), tower_config)
+        weights = matching_adapter(adapter, settings, self.mm_projector.shapes(), vision_config)
         with trainer.gathered(self.mm_projector.parameters(), modifier_rank=0):
             self.mm_projector.load_state_dict(weights)
         source = adapter if self.mm_projector.num_loaded else source
@@ -393,21 +392,13 @@ def _refuse_mmfuser(reason: str) -> None:
 
 def _resolve(args: Any, vision_tower: str) -> MMFuserConfig:
     """The settings in `args`, checked against the tower's config, which is read without its weights."""
-    from transformers import CLIPVisionConfig, PretrainedConfig
-
     if getattr(args, "s2", False):
         raise ValueError(f"s2=True together with mm_projector_type={PROJECTOR_TYPE} is not supported; set s2 to False")
-    model_type = PretrainedConfig.get_config_dict(vision_tower)[0].get("model_type")
-    if model_type not in CLIP_TYPES:
-        raise ValueError(
-            f"vision_tower={vision_tower!r} has model_type={model_type!r}, but mm_projector_type="
-            f"{PROJECTOR_TYPE} needs a CLIP tower, such as openai/clip-vit-large-patch14-336"
-        )
+    vision_config = tower_config(vision_tower)
     select_feature = getattr(args, "mm_vision_select_feature", SELECT_FEATURES[0])
     if select_feature not in SELECT_FEATURES:
         allowed = " or ".join(SELECT_FEATURES)
         raise ValueError(f"mm_vision_select_feature={select_feature!r} is not allowed; use {allowed}")
-    vision_config = CLIPVisionConfig.from_pretrained(vision_tower)
     return MMFuserConfig.from_llava(args).resolve(vision_config, layers_setting(args))
 
 
@@ -459,7 +450,7 @@ def _check_checkpoint(model_path: str, model_base: Optional[str], model_name: st
     is_lora = "lora" in model_name.lower()
     adapter = find("non_lora_trainables.bin" if is_lora else "mm_projector.bin")
     if adapter is not None:
-        settings = MMFuserConfig.from_llava(SimpleNamespace(**config))
+        settings = MMFuserConfig.from_llava(config)
         matching_adapter(adapter, settings, projector_shapes(config, settings), optional=is_lora)
 
 

@@ -8,7 +8,6 @@ import contextlib
 import functools
 import os
 import sys
-from types import SimpleNamespace
 from typing import Any, ContextManager, Dict, Iterable, Iterator, Optional, Tuple
 
 import torch
@@ -176,7 +175,7 @@ def _check_same_settings(model: nn.Module, checkpoint: str) -> None:
     """Refuse to resume a checkpoint whose fuser has other layers or settings, which its shapes may not show."""
     config = read_config(checkpoint) or {}
     if find_projector(model) is not None and config.get("mm_projector_type") == PROJECTOR_TYPE:
-        before, now = (MMFuserConfig.from_llava(c).to_llava() for c in (SimpleNamespace(**config), model.config))
+        before, now = (MMFuserConfig.from_llava(source).to_llava() for source in (config, model.config))
         for name, value in before.items():
             if value != now[name]:
                 raise ValueError(
