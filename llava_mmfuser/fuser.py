@@ -108,12 +108,12 @@ class MMFuser(nn.Module):
                 f"(side * side of them, CLS dropped)"
             )
         grid = (side, side)
-        values = torch.cat([self.feat_norm(layer) for layer in layers[:-1]], dim=1)  # [B, (L-1)*N, C]
-        fused = self.cross_attn(self.query_norm(query), values, grid)
+        shallow = torch.stack(tuple(layers[:-1]), dim=1).flatten(1, 2)  # [B, (L-1)*N, C]
+        fused = self.cross_attn(self.query_norm(query), self.feat_norm(shallow), grid)
         if self.self_attention:
             normed = self.self_norm(fused)
-            fused = fused + self.self_gate(self.self_attn(normed, normed, grid)).to(fused)
-        return query + self.cross_gate(fused).to(query)
+            fused = self.self_gate(fused, self.self_attn(normed, normed, grid))
+        return self.cross_gate(query, fused)
 
     def _load_from_state_dict(self, state_dict: Dict[str, Any], prefix: str, *args: Any) -> None:
         if prefix == "" and not any(key.split(".")[0] in self._modules for key in state_dict):

@@ -10,10 +10,15 @@ whose `reset_parameters` uses plain tensor operations; `llava_patch` calls it ag
 """
 
 import math
+from typing import Tuple, Union
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+
+# What `LayerNorm` returns: normalised features, and the scale and shift per channel that are still to be applied.
+Normalized = Tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+Features = Union[torch.Tensor, Normalized]
 
 
 class Resettable:
@@ -44,17 +49,29 @@ class Linear(Resettable, nn.Module):
         self.weight.uniform_(-bound, bound)
         self.bias.zero_()
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return F.linear(x, self.weight.to(x.dtype), self.bias.to(x.dtype))
+    def forward(self, x: Features) -> torch.Tensor:
+        """Map [..., in_features], plain or as `LayerNorm` returns it, to [..., out_features].
+
+        The scale and shift of a normalised input go into the weight and the bias. Their gradients then come from those
+        of the weight and bias, so that features of a frozen tower need no gradient at all.
+        """
+        weight, bias = self.weight, self.bias
+        if isinstance(x, tuple):
+            x, scale, shift = x
+            dtype = torch.promote_types(weight.dtype, scale.dtype)
+            bias = bias + torch.mv(weight.to(dtype), shift.to(dtype))
+            weight = weight * scale
+        return F.linear(x, weight.to(x.dtype), bias.to(x.dtype))
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}"
 
 
 class LayerNorm(Resettable, nn.LayerNorm):
-    """`torch.nn.LayerNorm` whose weights may be wider than its input (float32 under bits 4/8) and that resets itself.
+    """`torch.nn.LayerNorm` that leaves its scale and shift to the `Linear` behind it, and resets itself.
 
-    The output has the input's dtype, except under autocast, which picks it.
+    Returns `Normalized`: the features in the dtype of the input (autocast may pick another), and copies of weight and
+    bias, which outlast this module's forward where ZeRO-3 takes the parameters away again.
     """
 
     @torch.no_grad()
@@ -62,16 +79,12 @@ class LayerNorm(Resettable, nn.LayerNorm):
         self.weight.fill_(1)
         self.bias.zero_()
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if x.dtype == self.weight.dtype:
-            return super().forward(x)
-        dtype = torch.promote_types(x.dtype, self.weight.dtype)
-        weight, bias = self.weight.to(dtype), self.bias.to(dtype)
-        return F.layer_norm(x.to(dtype), self.normalized_shape, weight, bias, self.eps).to(x.dtype)
+    def forward(self, x: torch.Tensor) -> Normalized:
+        return F.layer_norm(x, self.normalized_shape, eps=self.eps), self.weight.clone(), self.bias.clone()
 
 
 class Gate(Resettable, nn.Module):
-    """Learnable scale per channel, zero at first: ``g * x`` in the dtype of x.
+    """Learnable scale per channel, zero at first: ``residual + scale * x`` in the dtype of residual.
 
     The parameter is called ``scale`` because transformers 4.37 renames ``gamma`` and ``beta`` in every checkpoint key.
     """
@@ -85,8 +98,8 @@ class Gate(Resettable, nn.Module):
     def reset_parameters(self) -> None:
         self.scale.zero_()
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return x * self.scale.to(x.dtype)
+    def forward(self, residual: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        return torch.addcmul(residual, x.to(residual.dtype), self.scale.to(residual.dtype))
 
 
 def materialize(module: nn.Module) -> None:

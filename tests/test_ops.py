@@ -145,8 +145,9 @@ def test_implementation_that_cannot_run_here_is_refused_by_name():
         deformable_sampling(value, offsets.to("meta"), logits, (5, 5))
 
 
-def test_predicate_and_unknown_names():
+def test_predicate_and_unknown_names(monkeypatch):
     assert select_implementation(torch.device("cpu")) == "embedding_bag"
+    monkeypatch.setattr("llava_mmfuser.ops.triton_kernels.unavailable", lambda device, dtype: "no CUDA device")
     assert select_implementation(torch.device("cuda"), torch.bfloat16) == "reference"
     with pytest.raises(ValueError, match="implementation='quick' is not known; use reference or embedding_bag"):
         deformable_sampling(*inputs(), (5, 5), "quick")

@@ -237,6 +237,65 @@ def test_nan_in_value_and_logits_is_passed_on(poisoned):
     assert deformable_sampling(*tensors, (1, 2)).isnan().any()
 
 
+@pytest.fixture
+def fresh_check():
+    ops.try_triton.cache_clear()
+    yield
+    ops.try_triton.cache_clear()
+
+
+@pytest.mark.parametrize("mode", [False, True], ids=["atomics", "deterministic"])
+@pytest.mark.parametrize("dtype", triton_kernels.DTYPES, ids=str)
+def test_right_kernels_pass_the_check_on_the_users_device(dtype, mode, fresh_check, caplog):
+    before = torch.get_rng_state()
+    torch.use_deterministic_algorithms(mode)
+    try:
+        with torch.inference_mode():
+            assert ops.try_triton(torch.device(DEVICE), dtype, mode) is None
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert torch.equal(torch.get_rng_state(), before) and not caplog.records
+
+
+@pytest.mark.parametrize("fault", ["wrong output", "wrong gradient", "does not compile"])
+def test_wrong_kernels_are_noticed_and_not_used(fault, fresh_check, monkeypatch, caplog):
+    class Doubled(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, grad):
+            return 2 * grad
+
+    def faulty(value, offsets, logits, grid):
+        if fault == "does not compile":
+            raise RuntimeError("ptxas exited with 255")
+        out = deformable_sampling(value, offsets if fault == "wrong output" else Doubled.apply(offsets), logits, grid)
+        return out * 1.01 if fault == "wrong output" else out
+
+    monkeypatch.setitem(ops.IMPLEMENTATIONS, "triton", faulty)
+    expected = {
+        "wrong output": "output deviates by",
+        "wrong gradient": "offsets' gradient deviates by",
+        "does not compile": "RuntimeError: ptxas exited with 255",
+    }[fault]
+    for _ in range(2):
+        assert expected in ops.try_triton(torch.device(DEVICE), torch.float32, False)
+    (record,) = caplog.records
+    assert record.levelname == "WARNING" and "the sampling runs through F.grid_sample instead" in record.message
+
+
+@pytest.mark.parametrize("problem,chosen", [(None, "triton"), ("it is wrong", "reference")])
+def test_kernels_are_the_default_on_cuda_where_the_check_passes(problem, chosen, monkeypatch):
+    asked = []
+    monkeypatch.delenv("LLAVA_MMFUSER_SAMPLING", raising=False)
+    monkeypatch.setattr(triton_kernels, "unavailable", lambda device, dtype: None)
+    monkeypatch.setattr(ops, "try_triton", lambda *arguments: asked.append(arguments) or problem)
+    assert ops.select_implementation("cuda", torch.bfloat16) == chosen
+    assert asked == [(torch.device("cuda"), torch.bfloat16, False)]
+
+
 def test_unavailable_names_what_is_missing(monkeypatch):
     assert unavailable(DEVICE, torch.bfloat16) is None
     assert "not float64" in unavailable(DEVICE, torch.float64)

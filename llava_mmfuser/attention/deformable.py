@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from ..ops import deformable_sampling
-from ..resettable import Linear
+from ..resettable import Features, Linear
 
 
 class _OffsetLinear(Linear):
@@ -59,10 +59,9 @@ class DeformableAttention(nn.Module):
         self.value_proj = Linear(hidden_size, hidden_size)
         self.output_proj = Linear(hidden_size, hidden_size)
 
-    def forward(self, query: torch.Tensor, value: torch.Tensor, grid: Tuple[int, int]) -> torch.Tensor:
+    def forward(self, query: Features, value: Features, grid: Tuple[int, int]) -> torch.Tensor:
         """Attend from query [B, H*W, C] to value [B, L*H*W, C], levels in order, on a grid (H, W): [B, H*W, C]."""
-        batch, queries, _ = query.shape
-        value = self.value_proj(value).view(batch, value.shape[1], self.shape[0], -1)
-        offsets = self.sampling_offsets(query).view(batch, queries, *self.shape, 2)
-        logits = self.attention_weights(query).view(batch, queries, *self.shape)
+        value = self.value_proj(value).unflatten(-1, (self.shape[0], -1))
+        offsets = self.sampling_offsets(query).unflatten(-1, (*self.shape, 2))
+        logits = self.attention_weights(query).unflatten(-1, self.shape)
         return self.output_proj(deformable_sampling(value, offsets, logits, grid))

@@ -1,5 +1,7 @@
 """Deformable sampling: one definition (`reference`) and the faster formulations that match it."""
 
+import functools
+import logging
 import os
 from typing import Any, Callable, Dict, Optional, Tuple
 
@@ -7,7 +9,10 @@ import torch
 
 from . import embedding_bag, reference
 
+logger = logging.getLogger("llava_mmfuser")
 VARIABLE = "LLAVA_MMFUSER_SAMPLING"
+# Largest deviation of two right implementations from each other, relative to the largest value: rounding.
+TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 1.6e-2, torch.float16: 2e-3}
 
 
 def _triton(*arguments: Any) -> torch.Tensor:
@@ -43,23 +48,73 @@ def unavailable(implementation: str, device: torch.device, dtype: torch.dtype) -
 
 def select_implementation(device: torch.device, dtype: torch.dtype = torch.float32) -> str:
     """What runs for a value of this dtype on this device: what the variable ``LLAVA_MMFUSER_SAMPLING`` names, else
-    ``embedding_bag`` on the CPU and ``reference`` everywhere else.
 
-    The Triton kernels have passed every test in Triton's interpreter, but have not run on a GPU yet; so they run only
-    where they are asked for.
+    * on the CPU ``embedding_bag``;
+    * on CUDA ``triton``, if it is available and agreed with the definition when it was tried on this very device (see
+      `try_triton`); a disagreement is a warning;
+    * everywhere else ``reference``.
 
     Raises:
         ValueError: the variable names an implementation that does not exist or cannot run here.
     """
-    chosen = os.environ.get(VARIABLE)
+    device, chosen = torch.device(device), os.environ.get(VARIABLE)
     if not chosen:
-        return "embedding_bag" if torch.device(device).type == "cpu" else "reference"
+        if device.type == "cpu":
+            return "embedding_bag"
+        if device.type != "cuda" or unavailable("triton", device, dtype):
+            return "reference"
+        return "reference" if try_triton(device, dtype, torch.are_deterministic_algorithms_enabled()) else "triton"
     if chosen not in IMPLEMENTATIONS:
         raise ValueError(f"{VARIABLE}={chosen} is not known; use {' or '.join(IMPLEMENTATIONS)}, or unset it")
     reason = unavailable(chosen, device, dtype)
     if reason:
         raise ValueError(f"{VARIABLE}={chosen} cannot run here: {reason}; unset it")
     return chosen
+
+
+@functools.lru_cache(maxsize=None)
+def try_triton(device: torch.device, dtype: torch.dtype, deterministic: bool) -> Optional[str]:
+    """Run the Triton kernels once on a small case and compare output and gradients with the definition.
+
+    Kernels are compiled on the user's machine, by its compiler and for its GPU, which no test of ours has seen; this
+    sees it, in the first call per process, device, dtype and mode. It leaves the random state alone.
+
+    Returns:
+        None if they agree; else what happened, which is logged as a warning, once.
+    """
+    batch, grid, heads, levels, points, depth = 2, (5, 7), 2, 3, 3, 16
+    cells = grid[0] * grid[1]
+    results = []
+    try:
+        with torch.inference_mode(False), torch.enable_grad(), torch.autocast(device.type, enabled=False):
+            random = torch.Generator().manual_seed(0)
+            value = torch.randn(batch, levels * cells, heads, depth, generator=random)
+            # Off the integers, where the bilinear kernel has kinks and its gradient is either side's; some outside.
+            offsets = torch.randint(-24, 24, (batch, cells, heads, levels, points, 2), generator=random) / 4 + 1 / 8
+            logits = torch.randn(batch, cells, heads, levels, points, generator=random)
+            cotangent = torch.randn(batch, cells, heads * depth, generator=random).to(device, dtype)
+            for name in ("triton", "reference"):
+                inputs = [tensor.to(device, dtype).requires_grad_() for tensor in (value, offsets, logits)]
+                out = deformable_sampling(*inputs, grid, implementation=name)
+                results.append((out, *torch.autograd.grad(out, inputs, cotangent)))
+        problem = None
+        for name, found, expected in zip(("output", "value's", "offsets'", "logits'"), *results):
+            deviation = ((found - expected).double().abs().max() / expected.double().abs().max()).item()
+            if not deviation <= TOLERANCE[dtype]:  # NaN is a deviation
+                problem = f"{name} {'' if name == 'output' else 'gradient '}deviates by {deviation:.1e} of the largest"
+                break
+    except Exception as error:  # whatever the user's compiler and driver may raise
+        problem = f"{type(error).__name__}: {error}"
+    if problem:
+        logger.warning(
+            "the Triton kernels failed their check on %s (%s, deterministic=%s): %s; the sampling runs through "
+            "F.grid_sample instead, which is slower and exact; please report this",
+            device,
+            dtype,
+            deterministic,
+            problem,
+        )
+    return problem
 
 
 def deformable_sampling(

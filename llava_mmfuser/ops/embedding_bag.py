@@ -113,7 +113,12 @@ def _transposed_bag(index: torch.Tensor, weights: torch.Tensor, grad: torch.Tens
     torch.cumsum(torch.bincount(flat, minlength=num_rows), 0, out=offsets[1:])
     bags = torch.div(order, index.shape[1], rounding_mode="floor").to(index.dtype)
     return F.embedding_bag(
-        bags, grad, offsets, mode="sum", per_sample_weights=weights.flatten()[order], include_last_offset=True
+        bags,
+        grad,
+        offsets,
+        mode="sum",
+        per_sample_weights=weights.flatten().index_select(0, order),
+        include_last_offset=True,
     )
 
 
