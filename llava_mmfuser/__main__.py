@@ -1,4 +1,4 @@
-"""Command line: ``python -m llava_mmfuser status | run | inspect | convert | upgrade``; ``--help`` says more."""
+"""Command line: ``python -m llava_mmfuser --help`` lists the commands."""
 
 import argparse
 import dataclasses
@@ -9,7 +9,7 @@ import warnings
 from typing import Any, Callable, List
 
 from . import activation
-from .config import FLAG_PREFIX, MMFuserConfig
+from .config import FLAG_PREFIX, LAYER_SETS, MMFuserConfig, parse_listed_layers, resolve_layers, spell
 
 
 def main() -> int:
@@ -19,13 +19,19 @@ def main() -> int:
     run = commands.add_parser("run", help="run a LLaVA script (path) or module (dotted name) with the hook on")
     run.add_argument("target", help="such as llava/train/train_mem.py or llava.serve.cli")
     run.add_argument("arguments", nargs=argparse.REMAINDER, help="passed on unchanged")
+    text = "show which hidden_states indices each named set of layers has in a vision tower"
+    layers = commands.add_parser("layers", help=text, description=text)
+    layers.add_argument("tower", help="number of blocks, such as 24, or name or folder of a CLIP vision tower")
+    layers.add_argument(
+        "--mm_vision_select_layer", dest="query", type=int, default=-2, help="the query layer. If not given: -2."
+    )
     _add_checkpoint_commands(commands)
     options = parser.parse_args()
     if options.command == "status":
         return _status()
     if options.command == "run":
         return _run(options.target, options.arguments)
-    return _reporting_errors(options.command, _CHECKPOINT_COMMANDS[options.command], options)
+    return _reporting_errors(options.command, _COMMANDS[options.command], options)
 
 
 def _add_checkpoint_commands(commands: Any) -> None:
@@ -63,6 +69,22 @@ def _boolean(text: str) -> bool:
     return text.lower() == "true"
 
 
+def _layers(options: argparse.Namespace) -> int:
+    blocks = int(options.tower) if options.tower.isdigit() else None
+    if blocks is None:
+        from .inspection import tower_config
+
+        blocks = tower_config(options.tower).num_hidden_layers
+    resolve_layers((options.query,), blocks)  # refuses a query that does not exist
+    for name in LAYER_SETS:
+        try:
+            layers = spell(resolve_layers(parse_listed_layers(name, options.query), blocks, "mm_fuser_layers"))
+        except ValueError:
+            layers = "none below this layer"
+        sys.stdout.write(f"{name:8} {layers}\n")
+    return 0
+
+
 def _inspect(options: argparse.Namespace) -> int:
     from .inspection import inspect
 
@@ -89,7 +111,7 @@ def _upgrade(options: argparse.Namespace) -> int:
     return 0
 
 
-_CHECKPOINT_COMMANDS = {"inspect": _inspect, "convert": _convert, "upgrade": _upgrade}
+_COMMANDS = {"layers": _layers, "inspect": _inspect, "convert": _convert, "upgrade": _upgrade}
 
 
 def _reporting_errors(command: str, function: Callable[[argparse.Namespace], int], options: argparse.Namespace) -> int:
@@ -98,7 +120,7 @@ def _reporting_errors(command: str, function: Callable[[argparse.Namespace], int
     try:
         return function(options)
     except KeyboardInterrupt:
-        again = "" if command == "inspect" else "; the same command again goes on from here"
+        again = "" if command in ("layers", "inspect") else "; the same command again goes on from here"
         sys.stderr.write(f"python -m llava_mmfuser {command}: interrupted{again}\n")
         return 130
     except OSError as error:

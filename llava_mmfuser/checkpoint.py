@@ -9,8 +9,9 @@ from typing import Any, Dict, Iterable, List, Mapping, Optional, Tuple
 
 import torch
 
-from .config import PROJECTOR_TYPE, MMFuserConfig, read_setting, spell
-from .fuser import PUBLISHED_NAMES, MMFuser
+from .config import FUSIONS_WITHOUT_WEIGHTS, PROJECTOR_TYPE, MMFuserConfig, read_setting, spell
+from .fuser import PUBLISHED_NAMES
+from .fusion import build_fusion
 
 MARK = "mm_projector."
 _FROM_OURS = {ours: theirs for theirs, ours in PUBLISHED_NAMES.items()}
@@ -79,7 +80,7 @@ def expected_shapes(settings: MMFuserConfig, mm_hidden_size: int, hidden_size: i
         hidden_size: width of the language model.
     """
     with torch.device("meta"):
-        fuser = MMFuser.from_settings(settings, mm_hidden_size)
+        fuser = build_fusion(settings, mm_hidden_size, hidden_size)
     shapes = {"fuser." + name: tuple(parameter.shape) for name, parameter in fuser.named_parameters()}
     if settings.projector == "linear":
         return {**shapes, "weight": (hidden_size, mm_hidden_size), "bias": (hidden_size,)}
@@ -199,7 +200,8 @@ def matching_adapter(
         raise ValueError(f"{path} does not fit this model's projector: {problems}. It looks like {kind}")
     config = read_config(os.path.dirname(path)) or {}
     of_fuser = is_authors_config(config) or config.get("mm_projector_type") == PROJECTOR_TYPE
-    if vision_config is not None and of_fuser and any(name.startswith("fuser.") for name in weights):
+    has_all = any(name.startswith("fuser.") for name in weights) or settings.fusion in FUSIONS_WITHOUT_WEIGHTS
+    if vision_config is not None and of_fuser and has_all:
         trained = MMFuserConfig.from_llava(config).resolve(vision_config)
         for name in (field.name for field in dataclasses.fields(settings) if field.name != "projector"):
             before, now = spell(getattr(trained, name)), spell(getattr(settings, name))

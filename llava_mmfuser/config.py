@@ -7,11 +7,55 @@ from typing import Any, Callable, Dict, List, Optional, Tuple, Union
 
 PROJECTOR_TYPE = "mmfuser"
 NUM_UNIFORM_LAYERS = 5
-ATTENTION_KINDS = ("deformable",)
+# attention kind -> the settings that concern only it; the class is in attention/<kind>.py
+ATTENTION_KINDS = {"deformable": ("num_points",), "dense": (), "window": ("window_size",)}
+# fusion -> whether it starts as an identity, so that a released LLaVA answers as before; the classes are in fusion.py
+FUSIONS = {
+    "mmfuser": True,
+    "mean": False,
+    "sum": False,
+    "weighted_sum": True,
+    "channel_concat": True,
+    "dense_channel": True,
+    "token_concat": False,
+}
+FUSIONS_WITHOUT_WEIGHTS = ("mean", "sum", "token_concat")
+LAYER_SETS = ("uniform", "shallow", "middle", "deep", "all")
 CLIP_TYPES = ("clip", "clip_vision_model")  # model_type of the vision towers that can be hooked
 SPELLINGS = '-2, 3,8,13,18,23, =-22,-17,-12,-7,-2, "3 8 13 18 23", [3,8,13,18,23] or list-22/-17/-12/-7/-2'
 
-Layers = Union[int, Tuple[int, ...]]
+
+
+@dataclass(frozen=True)
+class LayerSet:
+    """One of `LAYER_SETS` below a query layer; a plain int stands for the uniform set below it."""
+
+    name: str
+    query: int
+
+    def __str__(self) -> str:
+        return self.name
+
+    def resolve(self, query: int) -> Tuple[int, ...]:
+        """The set's `hidden_states` indices, the query last, for a non-negative query; out of range if it is shallow.
+
+        With n = `NUM_UNIFORM_LAYERS` - 1 maps below query q (the paper compares such sets, but does not publish all
+        indices): ``uniform`` has stride round(q / 5), ``shallow`` is 1 … n, ``deep`` q-n … q-1, ``middle`` the n in
+        the middle of 1 … q-1, and ``all`` 0 … q.
+        """
+        below = NUM_UNIFORM_LAYERS - 1
+        stride = round(query / NUM_UNIFORM_LAYERS)
+        first, step, count = {
+            "uniform": (query - below * stride, stride, below),
+            "shallow": (1, 1, below),
+            "middle": ((query + 1 - below) // 2, 1, below),
+            "deep": (query - below, 1, below),
+            "all": (0, 1, query),
+        }[self.name]
+        return (*(first + step * i for i in range(count)), query)
+
+
+Layers = Union[int, LayerSet, Tuple[int, ...]]
 
 
 def parse_layers(value: Any, setting: str = "mm_vision_select_layer") -> Layers:
@@ -52,8 +96,25 @@ def parse_layers(value: Any, setting: str = "mm_vision_select_layer") -> Layers:
     return layers
 
 
-def parse_listed_layers(value: Any) -> Tuple[int, ...]:
-    """As `parse_layers`, for ``mm_fuser_layers``, which names all layers."""
+def parse_listed_layers(value: Any, query: Any = None) -> Layers:
+    """As `parse_layers`, for ``mm_fuser_layers``: all layers, or one of `LAYER_SETS` below the query.
+
+    Args:
+        value: a list in any spelling, or the name of a set.
+        query: ``mm_vision_select_layer``; None means LLaVA-1.5's -2.
+    """
+    if value in LAYER_SETS:
+        query = -2 if query is None else parse_layers(query)
+        if not isinstance(query, int):
+            raise ValueError(
+                f"mm_fuser_layers={value} and mm_vision_select_layer={spell(query)} both name layers; "
+                f"give the query alone in mm_vision_select_layer, such as {query[-1]}"
+            )
+        return query if value == "uniform" else LayerSet(value, query)
+    if isinstance(value, str) and re.fullmatch(r"[a-z]+", value.strip()):
+        raise ValueError(
+            f"mm_fuser_layers={value!r} is not a set of layers; use {' or '.join(LAYER_SETS)}, or a list: {SPELLINGS}"
+        )
     layers = parse_layers(value, "mm_fuser_layers")
     return layers if isinstance(layers, tuple) else parse_layers((layers,), "mm_fuser_layers")
 
@@ -61,19 +122,21 @@ def parse_listed_layers(value: Any) -> Tuple[int, ...]:
 def resolve_layers(layers: Layers, num_hidden_layers: int, setting: str = "mm_vision_select_layer") -> Tuple[int, ...]:
     """Turn layers into non-negative, ascending `hidden_states` indices of one tower.
 
-    A single query layer q gets `NUM_UNIFORM_LAYERS` layers spread uniformly below it: stride = round(q / 5), so that
-    ViT-L's 23 gives 3, 8, 13, 18, 23 (paper, section 4.1; index 0 is the embedding output, i the output of block i).
+    A single query layer gets the uniform set below it: ViT-L's 23 gives 3, 8, 13, 18, 23 (paper, section 4.1; index 0
+    is the embedding output, i the output of block i). `LayerSet.resolve` says what the other sets are.
 
     Args:
-        layers: a query index or all indices, shallow first, the query last; negative ones count from the end.
+        layers: a query index, a set or all indices, shallow first, the query last; negative ones count from the end.
         num_hidden_layers: number of blocks of the tower; valid indices are -(n+1) … n.
 
     Raises:
         ValueError: an index out of range, duplicates, an order that is not shallow to deep, or a query so shallow that
-            no uniform set lies below it.
+            the set does not fit below it.
     """
     size = num_hidden_layers + 1
-    given = (layers,) if isinstance(layers, int) else layers
+    layer_set = LayerSet("uniform", layers) if isinstance(layers, int) else layers
+    named = isinstance(layer_set, LayerSet)
+    given = (layer_set.query,) if named else layers
     for index in given:
         if not -size <= index < size:
             raise ValueError(
@@ -81,16 +144,15 @@ def resolve_layers(layers: Layers, num_hidden_layers: int, setting: str = "mm_vi
                 f"blocks, so hidden_states indices go from 0 to {num_hidden_layers} or from {-size} to -1"
             )
     resolved = tuple(index % size for index in given)
-    if isinstance(layers, int):
+    if named:
         query = resolved[0]
-        stride = round(query / NUM_UNIFORM_LAYERS)
-        first = query - (NUM_UNIFORM_LAYERS - 1) * stride
-        if stride < 1 or first < 0:
+        resolved = layer_set.resolve(query)
+        if resolved[0] < 0 or len(resolved) < 2 or list(resolved) != sorted(set(resolved)):
             raise ValueError(
-                f"{setting}={layers}: there is no uniform set of {NUM_UNIFORM_LAYERS} layers below hidden_states"
-                f"[{query}]; name the layers yourself, for example {setting}=0,{max(query, 1)}"
+                f"{setting}={spell(layers)}: there is no {layer_set.name} set of layers below hidden_states[{query}]; "
+                f"name the layers yourself, for example {setting}=0,{max(query, 1)}"
             )
-        return tuple(range(first, query + 1, stride))
+        return resolved
     if len(set(resolved)) != len(resolved):
         raise ValueError(
             f"{setting}={spell(layers)} names a layer twice (as indices: {spell(resolved)}); "
@@ -120,13 +182,20 @@ class MMFuserConfig:
     layers: Layers = field(
         default=-2,
         metadata={
-            "help": "hidden_states indices fed to the fuser, shallow first, the query layer last. If not given: five "
-            "layers spread uniformly up to --mm_vision_select_layer."
+            "help": "hidden_states indices fed to the fuser, shallow first, the query layer last, or a set below "
+            "--mm_vision_select_layer: %s. If not given: uniform." % ", ".join(LAYER_SETS)
         },
     )
     projector: str = field(
         default="mlp2x_gelu",
         metadata={"help": "LLaVA projector behind the fuser: linear or mlpNx_gelu. If not given: mlp2x_gelu."},
+    )
+    fusion: str = field(
+        default="mmfuser",
+        metadata={
+            "help": "How the layers are fused: %s; all but mmfuser are simple baselines. If not given: mmfuser."
+            % ", ".join(FUSIONS)
+        },
     )
     attention: str = field(
         default="deformable",
@@ -140,29 +209,62 @@ class MMFuserConfig:
     num_heads: int = field(
         default=16, metadata={"help": "Attention heads; must divide the tower's width. If not given: 16."}
     )
-    num_points: int = field(default=4, metadata={"help": "Sampling points per head and level. If not given: 4."})
+    num_points: int = field(
+        default=4, metadata={"help": "Sampling points per head and level of deformable attention. If not given: 4."}
+    )
+    window_size: int = field(
+        default=3, metadata={"help": "Side of the neighbourhood in window attention, odd. If not given: 3."}
+    )
 
     def __post_init__(self):
-        object.__setattr__(self, "layers", parse_layers(self.layers, "mm_fuser_layers"))
+        if not isinstance(self.layers, LayerSet):
+            object.__setattr__(self, "layers", parse_layers(self.layers, "mm_fuser_layers"))
         if not re.fullmatch(r"linear|mlp[1-9]\d*x_gelu", str(self.projector)):
             raise ValueError(
                 f"mm_fuser_projector={self.projector!r} is not allowed; use linear or mlpNx_gelu, such as mlp2x_gelu"
             )
-        if self.attention not in ATTENTION_KINDS:
-            raise ValueError(
-                f"mm_fuser_attention={self.attention!r} is not allowed; use {' or '.join(ATTENTION_KINDS)}"
-            )
+        for name, allowed in (("fusion", FUSIONS), ("attention", ATTENTION_KINDS)):
+            if getattr(self, name) not in allowed:
+                raise ValueError(
+                    f"mm_fuser_{name}={getattr(self, name)!r} is not allowed; use {' or '.join(allowed)}"
+                )
         if not isinstance(self.self_attention, bool):
             raise ValueError(f"mm_fuser_self_attention={self.self_attention!r} is not allowed; use True or False")
-        for name in ("num_heads", "num_points"):
+        for name in ("num_heads", "num_points", "window_size"):
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ValueError(f"mm_fuser_{name}={value!r} is not allowed; use a whole number of at least 1")
+        if self.window_size % 2 == 0:
+            raise ValueError(
+                f"mm_fuser_window_size={self.window_size} is not allowed; a neighbourhood has a centre, so use an odd "
+                f"number such as {self.window_size + 1}"
+            )
 
     @property
     def num_layers(self) -> int:
         """Number of feature maps: those that are listed, or `NUM_UNIFORM_LAYERS` where only the query is given."""
+        if isinstance(self.layers, LayerSet):
+            raise ValueError(f"mm_fuser_layers={self.layers} has to be resolved for a vision tower first")
         return NUM_UNIFORM_LAYERS if isinstance(self.layers, int) else len(self.layers)
+
+    @property
+    def without_effect(self) -> Tuple[str, ...]:
+        """Fields that mean nothing under this fusion and attention kind."""
+        of_kinds = {kind: names for kind, names in ATTENTION_KINDS.items()}
+        if self.fusion == "mmfuser":
+            del of_kinds[self.attention]
+        unused = tuple(name for names in of_kinds.values() for name in names)
+        return unused if self.fusion == "mmfuser" else ("attention", "self_attention", "num_heads", *unused)
+
+    def summary(self) -> str:
+        """Layers and fusion in a few words."""
+        if self.fusion != "mmfuser":
+            return f"hidden_states {spell(self.layers)} -> {self.fusion}"
+        own = "".join(f", {name} {getattr(self, name)}" for name in ATTENTION_KINDS[self.attention])
+        return (
+            f"hidden_states {spell(self.layers)} -> {self.attention} attention"
+            f"{' + self-attention' if self.self_attention else ''}, num_heads {self.num_heads}{own}"
+        )
 
     def resolve(self, vision_config: Any, setting: str = "mm_fuser_layers") -> "MMFuserConfig":
         """Check the settings against a CLIP vision config and return them with explicit, non-negative layers.
@@ -172,7 +274,8 @@ class MMFuserConfig:
         Raises:
             ValueError: layers that the tower does not have, or heads that do not divide its width.
         """
-        check_num_heads(vision_config.hidden_size, self.num_heads)
+        if self.fusion == "mmfuser":
+            check_num_heads(vision_config.hidden_size, self.num_heads)
         layers = resolve_layers(self.layers, vision_config.num_hidden_layers, setting)
         return dataclasses.replace(self, layers=layers)
 
@@ -188,7 +291,7 @@ class MMFuserConfig:
             select_layer = read_setting(source, "mm_vision_select_layer")
             given["layers"] = None if select_layer is None else parse_layers(select_layer)
         else:
-            given["layers"] = parse_listed_layers(given["layers"])
+            given["layers"] = parse_listed_layers(given["layers"], read_setting(source, "mm_vision_select_layer"))
         return cls(**{name: value for name, value in given.items() if value is not None})
 
     def to_llava(self) -> Dict[str, Any]:
@@ -239,7 +342,7 @@ def explicit_settings(source: Any) -> Dict[str, Any]:
         select_layer = parse_layers(select_layer)
         given["layers"] = None if isinstance(select_layer, int) else select_layer
     elif given["layers"] is not None:
-        given["layers"] = parse_listed_layers(given["layers"])
+        given["layers"] = parse_listed_layers(given["layers"], select_layer)
     return {name: value for name, value in given.items() if value is not None}
 
 
@@ -310,7 +413,15 @@ def check_arguments(arguments: Any) -> None:
                 f"{arguments.mm_projector_type!r}; add --mm_projector_type {PROJECTOR_TYPE} or drop the setting"
             )
         return
-    MMFuserConfig.from_llava(arguments)
+    settings = MMFuserConfig.from_llava(arguments)
+    for name in settings.without_effect:
+        if name in given:
+            cause = "attention" if settings.fusion == "mmfuser" else "fusion"
+            raise ValueError(
+                f"mm_fuser_{name}={given[name]} has no effect with mm_fuser_{cause}={getattr(settings, cause)}; drop it"
+            )
+    if lr is not None and settings.fusion in FUSIONS_WITHOUT_WEIGHTS:
+        raise ValueError(f"mm_fuser_lr={lr} has no effect with mm_fuser_fusion={settings.fusion}, which has no weights")
     listed = arguments.mm_vision_select_layer
     if "layers" in given and isinstance(listed, tuple) and listed != given["layers"]:
         raise ValueError(

@@ -16,8 +16,8 @@ import torch
 
 from . import __version__, writing
 from .checkpoint import MARK, Shapes, compare, convert_hint, from_published, to_published
-from .config import FLAG_PREFIX, PROJECTOR_TYPE, MMFuserConfig, parse_listed_layers, spell
-from .fuser import MMFuser
+from .config import FLAG_PREFIX, FUSIONS, PROJECTOR_TYPE, MMFuserConfig, parse_listed_layers, spell
+from .fusion import build_fusion
 from .inspection import (
     DTYPES,
     LORA,
@@ -128,7 +128,7 @@ def upgrade(
     resolved, tower = _upgrade_settings(checkpoint, vision_tower, dict(settings or {}))
     config.update(mm_projector_type=PROJECTOR_TYPE, mm_hidden_size=tower.hidden_size, **resolved.to_llava())
     _check_weights(checkpoint, projector_shapes(config, resolved), fuser=False)
-    fresh = MMFuser.from_settings(resolved, tower.hidden_size).state_dict()
+    fresh = build_fusion(resolved, tower.hidden_size, config["hidden_size"]).state_dict()
     link, notes = _may_link(link, source, out)
     steps = []
     for label, weights in checkpoint.projectors().items():
@@ -162,11 +162,17 @@ def _upgrade_settings(
     if not isinstance(query, int):
         raise ValueError(f"mm_vision_select_layer={query!r} in config.json is not allowed; it must be an int")
     setting = "mm_fuser_layers" if "layers" in given else "mm_vision_select_layer"
-    given["layers"] = parse_listed_layers(given["layers"]) if "layers" in given else query
+    given["layers"] = parse_listed_layers(given["layers"], query) if "layers" in given else query
     name = vision_tower or config.get("mm_vision_tower")
     if not isinstance(name, str):
         raise ValueError("config.json has no mm_vision_tower; give --vision-tower PATH")
     settings = MMFuserConfig(**given)
+    if not FUSIONS[settings.fusion]:
+        allowed = " or ".join(name for name, is_identity in FUSIONS.items() if is_identity)
+        raise ValueError(
+            f"mm_fuser_fusion={settings.fusion} does not start as an identity, so the upgraded checkpoint would answer "
+            f"otherwise; use {allowed}, or train with it"
+        )
     try:
         tower = tower_config(name)
     except ValueError as error:
@@ -193,7 +199,7 @@ def _authors_settings(checkpoint: Checkpoint, settings: MMFuserConfig, setting: 
             f"{setting}={spell(settings.layers)} in {checkpoint.folder}/config.json, but the authors' code fuses "
             f"exactly five listed layers"
         )
-    for name in ("attention", "self_attention", "num_heads", "num_points"):
+    for name in ("fusion", "attention", "self_attention", "num_heads", "num_points"):
         value, allowed = getattr(settings, name), getattr(AUTHORS_SETTINGS, name)
         if value != allowed:
             raise ValueError(

@@ -6,7 +6,7 @@ from typing import Any, Dict, Sequence
 import torch
 from torch import nn
 
-from .attention import ATTENTION
+from .attention import build_attention
 from .config import MMFuserConfig, check_num_heads
 from .resettable import Gate, LayerNorm
 
@@ -35,9 +35,10 @@ class MMFuser(nn.Module):
         hidden_size: width C of every feature map.
         num_layers: number of feature maps L, at least 2.
         num_heads: attention heads; must divide hidden_size.
-        num_points: sampling points per head and level, at least 1.
+        num_points: sampling points per head and level of deformable attention, at least 1.
         attention: attention kind, one of `config.ATTENTION_KINDS`.
         self_attention: False leaves out self_norm, self_attn and self_gate (F_sa = F_ca).
+        window_size: side of the neighbourhood of window attention, odd.
 
     Raises:
         ValueError: a setting that is not allowed, named with its value.
@@ -51,35 +52,24 @@ class MMFuser(nn.Module):
         num_points: int = 4,
         attention: str = "deformable",
         self_attention: bool = True,
+        window_size: int = 3,
     ):
         super().__init__()
         if num_layers < 2:
             raise ValueError(f"num_layers={num_layers} is not allowed; a fuser needs at least 2 feature maps")
-        MMFuserConfig(num_heads=num_heads, num_points=num_points, attention=attention, self_attention=self_attention)
+        own = {"num_points": num_points, "window_size": window_size}
+        MMFuserConfig(num_heads=num_heads, attention=attention, self_attention=self_attention, **own)
         check_num_heads(hidden_size, num_heads)
         self.hidden_size, self.num_layers = hidden_size, num_layers
-        kind = ATTENTION[attention]
         self.query_norm = LayerNorm(hidden_size, eps=1e-6)
         self.feat_norm = LayerNorm(hidden_size, eps=1e-6)
-        self.cross_attn = kind(hidden_size, num_layers - 1, num_heads, num_points)
+        self.cross_attn = build_attention(attention, hidden_size, num_layers - 1, num_heads, **own)
         self.cross_gate = Gate(hidden_size)
         if self_attention:
             self.self_norm = LayerNorm(hidden_size, eps=1e-6)
-            self.self_attn = kind(hidden_size, 1, num_heads, num_points)
+            self.self_attn = build_attention(attention, hidden_size, 1, num_heads, **own)
             self.self_gate = Gate(hidden_size)
         self.self_attention = self_attention
-
-    @classmethod
-    def from_settings(cls, settings: MMFuserConfig, hidden_size: int) -> "MMFuser":
-        """A fresh block for feature maps of width hidden_size."""
-        return cls(
-            hidden_size,
-            num_layers=settings.num_layers,
-            num_heads=settings.num_heads,
-            num_points=settings.num_points,
-            attention=settings.attention,
-            self_attention=settings.self_attention,
-        )
 
     def forward(self, layers: Sequence[torch.Tensor]) -> torch.Tensor:
         """Fuse feature maps.

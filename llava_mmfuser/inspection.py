@@ -28,7 +28,16 @@ from .checkpoint import (
     read_tensors,
     to_published,
 )
-from .config import CLIP_TYPES, FLAG_PREFIX, PROJECTOR_TYPE, MMFuserConfig, layers_setting, resolve_layers, spell
+from .config import (
+    CLIP_TYPES,
+    FLAG_PREFIX,
+    FUSIONS_WITHOUT_WEIGHTS,
+    PROJECTOR_TYPE,
+    MMFuserConfig,
+    layers_setting,
+    resolve_layers,
+    spell,
+)
 
 _MODELS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 _ADAPTERS = ("mm_projector.bin", "non_lora_trainables.bin")
@@ -262,7 +271,7 @@ def check_layers(config: Mapping[str, Any], settings: MMFuserConfig, setting: st
     tower = local_tower(config)
     if tower is not None:
         settings.resolve(tower, setting)
-    elif not isinstance(settings.layers, int) and len({layer < 0 for layer in settings.layers}) == 1:
+    elif isinstance(settings.layers, tuple) and len({layer < 0 for layer in settings.layers}) == 1:
         resolve_layers(settings.layers, 1 << 20, setting)  # within one sign, the order does not depend on the depth
     return tower is not None
 
@@ -388,7 +397,8 @@ def _fit_lines(config: Mapping[str, Any], projectors: Mapping[str, Mapping[str, 
         problems = compare({name: weight.shape for name, weight in weights.items()}, projector_shapes(config, settings))
         if problems:
             raise ValueError(f"{label}: weights do not fit config.json: {problems}")
-        if fused and not any(name.startswith("fuser.") for name in weights):
+        has_weights = settings.fusion not in FUSIONS_WITHOUT_WEIGHTS
+        if fused and has_weights and not any(name.startswith("fuser.") for name in weights):
             yield f"warning: {label} has no weights of the fuser, which starts as the identity"
         if not fused and any(name.startswith("fuser.") for name in weights):
             kind = config.get("mm_projector_type")

@@ -26,6 +26,7 @@ from .checkpoint import (
     read_config,
 )
 from .config import (
+    FUSIONS,
     PROJECTOR_TYPE,
     MMFuserConfig,
     check_arguments,
@@ -92,6 +93,12 @@ def _initialize_vision_modules(original, self, model_args, fsdp=None):
         _refuse_layer_list(model_args)
         return original(self, model_args, fsdp=fsdp)
 
+    merge_type = getattr(model_args, "mm_patch_merge_type", "flat")
+    if getattr(model_args, "mm_fuser_fusion", None) == "token_concat" and merge_type != "flat":
+        raise ValueError(
+            f"mm_patch_merge_type={merge_type} together with mm_fuser_fusion=token_concat is not supported, because "
+            f"its tokens are no single map; use flat"
+        )
     if fsdp:
         raise ValueError(
             f"fsdp={fsdp} together with mm_projector_type={PROJECTOR_TYPE} is not supported; use DeepSpeed instead"
@@ -458,7 +465,7 @@ def _kept_settings(model: Any, model_args: Any) -> MMFuserConfig:
     """The checkpoint's own settings; the script may repeat them, not change them."""
     kept = MMFuserConfig.from_llava(model.config).resolve(model.get_vision_tower().config)
     given = explicit_settings(model_args)
-    if not isinstance(given.get("layers", -2), int):
+    if "layers" in given:
         given["layers"] = resolve_layers(given["layers"], model.get_vision_tower().config.num_hidden_layers)
     for name, value in given.items():
         if value != getattr(kept, name):
@@ -499,9 +506,11 @@ def _put_fuser_in_front(projector: Any, settings: MMFuserConfig, tower: Any) -> 
 
 def _report(projector: MMFuserProjector, settings: MMFuserConfig, source: Any, missing: Sequence[str] = ()) -> None:
     """One line: layers, attention, implementation, where the weights came from (None: nowhere), how many were there."""
-    device = projector.fuser.query_norm.weight.device
+    device = next(projector.parameters()).device
     total = sum(1 for _ in projector.fuser.parameters())
-    if source is None:
+    if total == 0:
+        weights = "it has none"
+    elif source is None:
         weights = "fresh, starts as identity"
     elif not missing:
         weights = f"from {source}"
@@ -511,17 +520,17 @@ def _report(projector: MMFuserProjector, settings: MMFuserConfig, source: Any, m
         weights = f"{total - len(missing)} of {total} tensors from {source}, fresh: {', '.join(missing)}"
     logger.log(
         logging.WARNING if missing else logging.INFO,
-        "hidden_states %s -> %s attention%s, %d heads x %d points (%s on %s) -> %s; fuser weights: %s",
-        ",".join(map(str, settings.layers)) if isinstance(settings.layers, tuple) else settings.layers,
-        settings.attention,
-        " + self-attention" if settings.self_attention else "",
-        settings.num_heads,
-        settings.num_points,
-        select_implementation(device),
-        device,
+        "%s%s -> %s; fuser weights: %s",
+        settings.summary(),
+        f" ({select_implementation(device)} on {device})" if "num_points" not in settings.without_effect else "",
         settings.projector,
         weights,
     )
+    if not FUSIONS[settings.fusion] and source is None:
+        logger.warning(
+            "mm_fuser_fusion=%s does not start as an identity: a released LLaVA answers otherwise until it is trained",
+            settings.fusion,
+        )
 
 
 def _log_to_stderr() -> None:

@@ -9,7 +9,7 @@ from torch import nn
 
 from .checkpoint import MARK, Shapes, compare, rename_published
 from .config import MMFuserConfig
-from .fuser import MMFuser
+from .fusion import ChannelConcat, build_fusion
 from .resettable import Resettable
 
 logger = logging.getLogger("llava_mmfuser")
@@ -23,11 +23,11 @@ class MMFuserProjector(Resettable, nn.Module):
     moves the objects: their dtype, device, quantisation and ZeRO partitioning stay.
 
     Args:
-        fuser: the block.
+        fuser: `MMFuser` or another module of `fusion`.
         projector: what LLaVA's `build_vision_projector` returns for ``linear`` or ``mlpNx_gelu``.
     """
 
-    def __init__(self, fuser: MMFuser, projector: nn.Module):
+    def __init__(self, fuser: nn.Module, projector: nn.Module):
         super().__init__()
         for name, child in projector.named_children():
             self.add_module(name, child)
@@ -42,8 +42,9 @@ class MMFuserProjector(Resettable, nn.Module):
 
     @classmethod
     def build(cls, settings: MMFuserConfig, hidden_size: int, projector: nn.Module) -> "MMFuserProjector":
-        """Put a fresh fuser (identity) for feature maps of width hidden_size in front of a projector."""
-        return cls(MMFuser.from_settings(settings, hidden_size), projector)
+        """Put a fresh fuser for feature maps of width hidden_size in front of a projector."""
+        first = projector if isinstance(projector, nn.Linear) else projector[0]
+        return cls(build_fusion(settings, hidden_size, first.out_features), projector)
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
         """Fuse and project what the patched vision tower returns.
@@ -53,7 +54,7 @@ class MMFuserProjector(Resettable, nn.Module):
                 passes the fuser unchanged.
 
         Returns:
-            [B, N, D] or [B, 1+N, D], D the width of the language model.
+            [B, N, D] or [B, 1+N, D], D the width of the language model; `fusion.TokenConcat` makes L*N of N.
 
         Raises:
             ValueError: a channel count that is not L*C, or a token count that is neither a square nor one more.
@@ -66,15 +67,18 @@ class MMFuserProjector(Resettable, nn.Module):
             )
         layers = features.unflatten(-1, (fuser.num_layers, fuser.hidden_size)).unbind(-2)
         tokens = features.shape[1]
-        if math.isqrt(tokens) ** 2 != tokens and math.isqrt(tokens - 1) ** 2 == tokens - 1:
-            fused = torch.cat([layers[-1][:, :1], fuser([layer[:, 1:] for layer in layers])], dim=1)
-        else:
-            fused = fuser(layers)
-        if "weight" in self._parameters:
-            fused = F.linear(fused, self.weight, self.bias)
-        for name, child in self.named_children():
-            if name != "fuser":
-                fused = child(fused)
+        has_cls = math.isqrt(tokens) ** 2 != tokens and math.isqrt(tokens - 1) ** 2 == tokens - 1
+        patches = [layer[:, 1:] for layer in layers] if has_cls else layers
+        fused = fuser(patches)
+        if has_cls:
+            fused = torch.cat([layers[-1][:, :1], fused], dim=1)
+        first, *others = [child for name, child in self.named_children() if name != "fuser"] or [None]
+        fused = F.linear(fused, self.weight, self.bias) if first is None else first(fused)
+        if isinstance(fuser, ChannelConcat):
+            extra = fuser.to_first_layer(patches).to(fused.dtype)
+            fused = fused + F.pad(extra, (0, 0, int(has_cls), 0))
+        for child in others:
+            fused = child(fused)
         return fused
 
     def shapes(self) -> Shapes:
@@ -92,7 +96,7 @@ class MMFuserProjector(Resettable, nn.Module):
         rename_published(state_dict, prefix, linear="weight" in self._parameters)
         shapes = {key[len(prefix) :]: tuple(value.shape) for key, value in state_dict.items() if key.startswith(prefix)}
         fuser = {"fuser." + name for name, _ in self.fuser.named_parameters()}
-        self.num_loaded = len(fuser & shapes.keys()) if shapes else None
+        self.num_loaded = len(fuser & shapes.keys()) if shapes and fuser else None
         # A shard of a whole model may hold any part of the projector; an adapter must hold all of it.
         whole = prefix == "" or (shapes and all(MARK in key for key in state_dict))
         whole = whole and not any(hasattr(value, "ds_id") for value in self.parameters())  # loaded by DeepSpeed itself

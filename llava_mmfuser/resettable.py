@@ -34,20 +34,22 @@ class Linear(Resettable, nn.Module):
     Args:
         in_features: width of the input's last axis.
         out_features: width of the output's last axis.
+        bias: False leaves it out.
     """
 
-    def __init__(self, in_features: int, out_features: int):
+    def __init__(self, in_features: int, out_features: int, bias: bool = True):
         super().__init__()
         self.in_features, self.out_features = in_features, out_features
         self.weight = nn.Parameter(torch.empty(out_features, in_features))
-        self.bias = nn.Parameter(torch.empty(out_features))
+        self.register_parameter("bias", nn.Parameter(torch.empty(out_features)) if bias else None)
         self.reset_parameters()
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
         bound = math.sqrt(6 / (self.in_features + self.out_features))
         self.weight.uniform_(-bound, bound)
-        self.bias.zero_()
+        if self.bias is not None:
+            self.bias.zero_()
 
     def forward(self, x: Features) -> torch.Tensor:
         """Map [..., in_features], plain or as `LayerNorm` returns it, to [..., out_features].
@@ -59,12 +61,22 @@ class Linear(Resettable, nn.Module):
         if isinstance(x, tuple):
             x, scale, shift = x
             dtype = torch.promote_types(weight.dtype, scale.dtype)
-            bias = bias + torch.mv(weight.to(dtype), shift.to(dtype))
+            shift = torch.mv(weight.to(dtype), shift.to(dtype))
+            bias = shift if bias is None else bias + shift
             weight = weight * scale
-        return F.linear(x, weight.to(x.dtype), bias.to(x.dtype))
+        return F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}"
+
+
+class ZeroLinear(Linear):
+    """Starts as zero: zero weight and bias."""
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        for parameter in self.parameters():
+            parameter.zero_()
 
 
 class LayerNorm(Resettable, nn.LayerNorm):

@@ -15,7 +15,7 @@ from torch import nn
 
 from .checkpoint import differences, read_config, read_tensors, save_tensors
 from .config import PROJECTOR_TYPE, MMFuserConfig, spell
-from .fuser import MMFuser
+from .fusion import TokenConcat, WeightedSum
 from .projector import MMFuserProjector
 from .resettable import Gate, LayerNorm
 
@@ -40,7 +40,7 @@ def gathered(parameters: Iterable[nn.Parameter], modifier_rank: Optional[int] = 
     return deepspeed.zero.GatheredParameters(partitioned, modifier_rank=modifier_rank)
 
 
-def regroup(optimizer: torch.optim.Optimizer, fuser: MMFuser, lr: Optional[float]) -> None:
+def regroup(optimizer: torch.optim.Optimizer, fuser: nn.Module, lr: Optional[float]) -> None:
     """Give the fuser its own learning rate, and its gates, norms and biases no weight decay, before the first step.
 
     Args:
@@ -56,7 +56,7 @@ def regroup(optimizer: torch.optim.Optimizer, fuser: MMFuser, lr: Optional[float
         id(parameter)
         for module in fuser.modules()
         for name, parameter in module.named_parameters(recurse=False)
-        if name == "bias" or isinstance(module, (Gate, LayerNorm))
+        if name == "bias" or isinstance(module, (Gate, LayerNorm, WeightedSum))
     }
     added: Dict[Tuple[float, float], Dict[str, Any]] = {}
     for group in optimizer.param_groups:
@@ -77,7 +77,26 @@ def regroup(optimizer: torch.optim.Optimizer, fuser: MMFuser, lr: Optional[float
         optimizer.add_param_group(group)
 
 
-def gate_means(fuser: MMFuser) -> Dict[str, float]:
+def check_token_budget(model: nn.Module, projector: MMFuserProjector) -> None:
+    """Refuse a token concatenation of which LLaVA would cut off the end: its sequences end at ``model_max_length``.
+
+    Raises:
+        ValueError: one image has at least as many tokens as a sequence may have.
+    """
+    limit = getattr(model.config, "tokenizer_model_max_length", None)
+    if limit is None or not isinstance(projector.fuser, TokenConcat):
+        return
+    tower = next(module for module in model.modules() if hasattr(module, "select_layer"))
+    tokens = tower.num_patches * projector.fuser.num_layers
+    if tokens >= limit:
+        raise ValueError(
+            f"model_max_length={limit}, but mm_fuser_fusion=token_concat makes {tokens} tokens of one image "
+            f"({projector.fuser.num_layers} layers of {tower.num_patches}), and LLaVA cuts off the rest with the text; "
+            f"name fewer layers by --mm_fuser_layers, or raise --model_max_length as far as the language model allows"
+        )
+
+
+def gate_means(fuser: nn.Module) -> Dict[str, float]:
     """Mean absolute value of each gate, 0 while the fuser is an identity; under ZeRO-3 every rank must call it."""
     gates = {name: module.scale for name, module in fuser.named_modules() if isinstance(module, Gate)}
     with gathered(gates.values()):
@@ -130,6 +149,7 @@ def create_optimizer(original, self):
     created, optimizer = self.optimizer is None, original(self)
     projector = find_projector(self.model)
     if created and projector is not None:
+        check_token_budget(self.model, projector)
         regroup(optimizer, projector.fuser, projector.lr)
     return optimizer
 

@@ -6,6 +6,7 @@ middle half of the rounds and ratios of medians are shown. Weights are random, s
 
 import argparse
 import json
+import math
 import platform
 import statistics
 import sys
@@ -18,7 +19,7 @@ from unittest import mock
 import torch
 from torch.utils.benchmark import Timer
 
-GRID, LEVELS, HEADS, POINTS, WIDTH = (24, 24), 4, 16, 4, 1024
+GRID, LEVELS, HEADS, POINTS, WIDTH, NARROW = (24, 24), 4, 16, 4, 1024, 64
 TRANSFORMERS = "grid_sample (transformers)"
 PARTS = ("op", "fuser", "vision", "step", "growth", "llava")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -299,7 +300,11 @@ def bench_step(rounds: int, dtype: torch.dtype, batch: int, paths: Any) -> List[
 
 
 def bench_growth(rounds: int, dtype: torch.dtype, batches: List[int], sides: List[int]) -> List[Row]:
-    """(e) the fuser's forward against batch size and number of tokens, with a line fitted through each."""
+    """(e) the fuser's forward against batch size and number of tokens, with a line fitted through each; then each
+    attention kind against the number of tokens, with a power fitted."""
+    from llava_mmfuser.attention import build_attention
+    from llava_mmfuser.config import ATTENTION_KINDS
+
     rows = []
     for name, cases in (
         ("batch", [(batch, GRID, batch) for batch in batches]),
@@ -316,6 +321,21 @@ def bench_growth(rounds: int, dtype: torch.dtype, batches: List[int], sides: Lis
         slope, constant, residual = fit_line(sizes, times)
         print(f"  time = {constant:.2f} ms + {slope:.4f} ms per {name}; R2 = {residual:.4f}", flush=True)
         rows.append(Row(f"growth with {name}", f"R2 of a line, {slope:.5f} ms each", residual, 0.0, 1.0))
+    for kind in ATTENTION_KINDS:
+        times = []
+        for side in sides:
+            grid, tokens = (side, side), side * side
+            # A narrow map, so that the projections, which every kind has, count little beside the attention itself.
+            attention = build_attention(kind, NARROW, LEVELS, 4, num_points=POINTS, window_size=3).to(DEVICE, dtype)
+            query = torch.randn(1, tokens, NARROW, device=DEVICE, dtype=dtype)
+            value = torch.randn(1, LEVELS * tokens, NARROW, device=DEVICE, dtype=dtype)
+            call = {kind: without_gradients(partial(attention, query, value, grid))}
+            rows += measure(f"attention, width {NARROW}, {side}x{side}", call, rounds)
+            times.append(rows[-1].ms)
+        logarithms = [[math.log(number) for number in numbers] for numbers in ([s * s for s in sides], times)]
+        exponent, _, residual = fit_line(*logarithms)
+        print(f"  {kind}: time ~ tokens^{exponent:.2f}; R2 = {residual:.4f}", flush=True)
+        rows.append(Row(f"growth of {kind} with tokens", "exponent of the tokens", exponent, 0.0, 1.0))
     return rows
 
 

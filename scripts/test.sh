@@ -42,7 +42,7 @@ run() { # name, requirements, pytest arguments
         "$envs/$name/bin/ruff" check --quiet llava_mmfuser scripts tests setup.py
     fi
     echo "== $name: tests"
-    "$envs/$name/bin/python" -m pytest -n 2 --dist loadfile -p no:cacheprovider -ra --durations=5 "$@" \
+    OMP_NUM_THREADS=1 "$envs/$name/bin/python" -m pytest -n 2 --dist loadfile -p no:cacheprovider -ra --durations=5 "$@" \
         tests/test_routes.py tests/test_trainer.py tests # the longest first, so that both workers end together
 }
 

@@ -48,8 +48,36 @@ def deformable_attention(query, value, p, heads, levels, points, side):
     return out @ p["output_proj.weight"].T + p["output_proj.bias"]
 
 
-def mmfuser(layers, parameters, heads, points, self_attention=True):
-    """layers: L tensors [B, N, C]; parameters: `MMFuser`'s, by name."""
+def neighbourhood_attention(query, value, p, heads, levels, reach, side):
+    """Softmax attention of query [B, N, C] to all cells at most `reach` rows and columns away, in every level."""
+    batch, tokens, width = query.shape
+    depth = width // heads
+    query, key, value = (
+        (x @ p[f"{name}_proj.weight"].T + p[f"{name}_proj.bias"]).view(batch, -1, heads, depth)
+        for name, x in (("query", query), ("key", value), ("value", value))
+    )
+    rows = []
+    for b in range(batch):
+        for n in range(tokens):
+            row, column = divmod(n, side)
+            near = [
+                level * tokens + r * side + c
+                for level in range(levels)
+                for r in range(side)
+                for c in range(side)
+                if abs(r - row) <= reach and abs(c - column) <= reach
+            ]
+            for h in range(heads):
+                logits = torch.stack([(query[b, n, h] * key[b, m, h]).sum() / math.sqrt(depth) for m in near])
+                weights = torch.exp(logits - logits.max())
+                weights = weights / weights.sum()
+                rows.append(sum(weight * value[b, m, h] for weight, m in zip(weights, near)))
+    out = torch.stack(rows).view(batch, tokens, width)
+    return out @ p["output_proj.weight"].T + p["output_proj.bias"]
+
+
+def mmfuser(layers, parameters, heads, points, self_attention=True, attention=deformable_attention):
+    """layers: L tensors [B, N, C]; parameters: `MMFuser`'s, by name; points: reach, for `neighbourhood_attention`."""
 
     def part(prefix):
         return {name[len(prefix) :]: value for name, value in parameters.items() if name.startswith(prefix)}
@@ -59,11 +87,9 @@ def mmfuser(layers, parameters, heads, points, self_attention=True):
 
     query, side = layers[-1], math.isqrt(layers[-1].shape[1])
     value = norm("feat_norm", torch.cat(list(layers[:-1]), 1))
-    fused = deformable_attention(
-        norm("query_norm", query), value, part("cross_attn."), heads, len(layers) - 1, points, side
-    )
+    fused = attention(norm("query_norm", query), value, part("cross_attn."), heads, len(layers) - 1, points, side)
     if self_attention:
         normed = norm("self_norm", fused)
-        refined = deformable_attention(normed, normed, part("self_attn."), heads, 1, points, side)
+        refined = attention(normed, normed, part("self_attn."), heads, 1, points, side)
         fused = fused + parameters["self_gate.scale"] * refined
     return query + parameters["cross_gate.scale"] * fused

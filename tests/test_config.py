@@ -3,7 +3,7 @@ from types import SimpleNamespace
 import pytest
 
 from llava_mmfuser import MMFuserConfig
-from llava_mmfuser.config import parse_layers, resolve_layers
+from llava_mmfuser.config import parse_layers, resolve_layers, spell
 
 VIT_L = SimpleNamespace(num_hidden_layers=24, hidden_size=1024)
 
@@ -53,7 +53,7 @@ def test_uniform_default(depth, query, layers):
         ((3, 3, 23), "names a layer twice"),
         ((-2, 23), "names a layer twice"),
         ((23, 3), "not in order .* the query layer last: 3,23"),
-        (2, "no uniform set of 5 layers below"),
+        (2, "no uniform set of layers below"),
     ],
 )
 def test_layers_that_a_tower_cannot_give_are_refused(layers, message):
@@ -110,10 +110,12 @@ def test_settings_round_trip_through_a_llava_config():
     assert flat == dict(
         mm_fuser_layers=[16, 23],
         mm_fuser_projector="linear",
+        mm_fuser_fusion="mmfuser",
         mm_fuser_attention="deformable",
         mm_fuser_self_attention=False,
         mm_fuser_num_heads=8,
         mm_fuser_num_points=2,
+        mm_fuser_window_size=3,
     )
     assert MMFuserConfig.from_llava(SimpleNamespace(mm_vision_select_layer=-1, **flat)) == settings
 
@@ -134,3 +136,55 @@ def test_select_layer_none_is_left_alone():
     from llava_mmfuser.config import check_arguments
 
     check_arguments(SimpleNamespace(mm_projector_type="mlp2x_gelu", mm_vision_select_layer=None))
+
+
+@pytest.mark.parametrize(
+    "blocks,query,expected",
+    [
+        (24, -2, dict(shallow="1,2,3,4,23", middle="10,11,12,13,23", deep="19,20,21,22,23", uniform="3,8,13,18,23")),
+        (12, -2, dict(shallow="1,2,3,4,11", middle="4,5,6,7,11", deep="7,8,9,10,11", uniform="3,5,7,9,11")),
+        (24, -1, dict(shallow="1,2,3,4,24", middle="10,11,12,13,24", deep="20,21,22,23,24", uniform="4,9,14,19,24")),
+        (6, 5, dict(shallow="1,2,3,4,5", middle="1,2,3,4,5", deep="1,2,3,4,5", uniform="1,2,3,4,5")),
+        (3, -1, dict(all="0,1,2,3")),
+    ],
+)
+def test_named_sets(blocks, query, expected):
+    tower = SimpleNamespace(hidden_size=1024, num_hidden_layers=blocks)
+    for name, layers in expected.items():
+        given = SimpleNamespace(mm_fuser_layers=name, mm_vision_select_layer=query)
+        assert spell(MMFuserConfig.from_llava(given).resolve(tower).layers) == layers, name
+
+
+def test_named_sets_that_do_not_fit_or_do_not_exist_are_refused():
+    tower = SimpleNamespace(hidden_size=1024, num_hidden_layers=4)
+    for name in ("shallow", "middle"):
+        given = SimpleNamespace(mm_fuser_layers=name, mm_vision_select_layer=3)
+        with pytest.raises(ValueError, match=f"mm_fuser_layers={name}: there is no {name} set of layers below .*3"):
+            MMFuserConfig.from_llava(given).resolve(tower)
+    with pytest.raises(ValueError, match="mm_fuser_layers='deeper' is not a set of layers; use uniform or shallow or"):
+        MMFuserConfig.from_llava(SimpleNamespace(mm_fuser_layers="deeper"))
+    with pytest.raises(ValueError, match="give the query alone in mm_vision_select_layer, such as 23"):
+        MMFuserConfig.from_llava(SimpleNamespace(mm_fuser_layers="deep", mm_vision_select_layer="3,23"))
+
+
+@pytest.mark.parametrize(
+    "flags,message",
+    [
+        (dict(mm_fuser_fusion="concat"), "mm_fuser_fusion='concat' is not allowed; use mmfuser or mean or sum or"),
+        (dict(mm_fuser_attention="dense", mm_fuser_num_points=4), "mm_fuser_num_points=4 has no effect with .*=dense"),
+        (dict(mm_fuser_window_size=3), "mm_fuser_window_size=3 has no effect with mm_fuser_attention=deformable"),
+        (dict(mm_fuser_fusion="mean", mm_fuser_num_heads=4), "mm_fuser_num_heads=4 has no effect with .*fusion=mean"),
+        (dict(mm_fuser_fusion="sum", mm_fuser_lr=1e-4), "mm_fuser_lr=0.0001 has no effect with .*sum, which has no"),
+    ],
+)
+def test_flags_without_effect_and_unknown_fusions_are_refused(flags, message):
+    from llava_mmfuser.config import check_arguments
+
+    with pytest.raises(ValueError, match=message):
+        check_arguments(SimpleNamespace(mm_projector_type="mmfuser", mm_vision_select_layer=-2, **flags))
+
+
+def test_summary_names_what_matters():
+    fused = MMFuserConfig(layers="3,8,13,18,23", attention="window", self_attention=False)
+    assert fused.summary() == "hidden_states 3,8,13,18,23 -> window attention, num_heads 16, window_size 3"
+    assert MMFuserConfig(layers="8,23", fusion="sum").summary() == "hidden_states 8,23 -> sum"

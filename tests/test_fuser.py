@@ -73,7 +73,7 @@ def test_half_types_stay_within_the_table(dtype):
 def test_attention_equals_transformers_deformable_detr(levels):
     from transformers.models.deformable_detr.modeling_deformable_detr import multi_scale_deformable_attention
 
-    from llava_mmfuser.attention import DeformableAttention
+    from llava_mmfuser.attention.deformable import DeformableAttention
 
     side, heads, points, width = 5, 4, 4, 32
     attention = awake(DeformableAttention(width, levels, heads, points).double())

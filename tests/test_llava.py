@@ -14,7 +14,6 @@ from llava.model.multimodal_encoder.clip_encoder import CLIPVisionTower
 from llava.model.multimodal_projector.builder import build_vision_projector
 
 from llava_mmfuser import MMFuser, MMFuserProjector
-from llava_mmfuser.config import ATTENTION_KINDS
 
 
 def arguments(world, **settings):
@@ -150,10 +149,12 @@ def test_pretraining_start_writes_a_config_that_describes_the_checkpoint(world):
     assert {key: getattr(config, key) for key in vars(config) if key.startswith("mm_fuser")} == dict(
         mm_fuser_layers=[3, 4, 5, 6, 7],
         mm_fuser_projector="mlp2x_gelu",
-        mm_fuser_attention=ATTENTION_KINDS[0],
+        mm_fuser_fusion="mmfuser",
+        mm_fuser_attention="deformable",
         mm_fuser_self_attention=True,
         mm_fuser_num_heads=4,
         mm_fuser_num_points=4,
+        mm_fuser_window_size=3,
         mm_fuser_lr=None,
     )
     assert config.mm_projector_type == "mmfuser" and config.mm_vision_select_layer == -2

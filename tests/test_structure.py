@@ -21,6 +21,7 @@ LEVELS = {
     "inspection": 5,
     "vision": 4,
     "checkpoint": 4,
+    "fusion": 3.5,
     "fuser": 3,
     "attention": 2,
     "ops": 1,

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from ..ops import deformable_sampling
-from ..resettable import Features, Linear
+from ..resettable import Features, Linear, ZeroLinear
 
 
 class _OffsetLinear(Linear):
@@ -29,15 +29,6 @@ class _OffsetLinear(Linear):
         self.bias.copy_(ring.expand(self.shape).reshape(-1))
 
 
-class _ZeroLinear(Linear):
-    """Zero weight and bias: every sample starts with the same attention weight."""
-
-    @torch.no_grad()
-    def reset_parameters(self) -> None:
-        self.weight.zero_()
-        self.bias.zero_()
-
-
 class DeformableAttention(nn.Module):
     """Each query samples a few learned places around its own cell in every level.
 
@@ -55,7 +46,7 @@ class DeformableAttention(nn.Module):
         super().__init__()
         self.shape = (num_heads, num_levels, num_points)
         self.sampling_offsets = _OffsetLinear(hidden_size, num_heads, num_levels, num_points)
-        self.attention_weights = _ZeroLinear(hidden_size, math.prod(self.shape))
+        self.attention_weights = ZeroLinear(hidden_size, math.prod(self.shape))
         self.value_proj = Linear(hidden_size, hidden_size)
         self.output_proj = Linear(hidden_size, hidden_size)
 

@@ -1,0 +1,144 @@
+"""How several feature maps become what LLaVA's projector reads: MMFuser, and the simple fusions it is compared with.
+
+Each takes a sequence of num_layers maps [B, N, C], shallow first, the query last, and returns [B, N, C] (`TokenConcat`:
+[B, L*N, C]). `config.FUSIONS` says which of them start as an identity.
+"""
+
+from typing import Dict, Sequence, Type
+
+import torch
+from torch import nn
+
+from .config import MMFuserConfig
+from .fuser import MMFuser
+from .resettable import Resettable, ZeroLinear
+
+Layers = Sequence[torch.Tensor]
+
+
+class SimpleFusion(nn.Module):
+    """Fusions that need to know no more than the shape of the maps.
+
+    Args:
+        hidden_size: width C of every feature map.
+        num_layers: number of feature maps L, at least 2.
+        out_features: width of the first layer of the projector behind the fusion.
+    """
+
+    def __init__(self, hidden_size: int, num_layers: int, out_features: int):
+        super().__init__()
+        self.hidden_size, self.num_layers, self.out_features = hidden_size, num_layers, out_features
+
+
+class Mean(SimpleFusion):
+    """The element-wise mean of all maps."""
+
+    def forward(self, layers: Layers) -> torch.Tensor:
+        return sum(layers) / len(layers)
+
+
+class Sum(SimpleFusion):
+    """The element-wise sum of all maps."""
+
+    def forward(self, layers: Layers) -> torch.Tensor:
+        return sum(layers)
+
+
+class WeightedSum(Resettable, SimpleFusion):
+    """A sum with one learned weight per map, at first 1 for the query and 0 for the others: an identity."""
+
+    def __init__(self, hidden_size: int, num_layers: int, out_features: int):
+        super().__init__(hidden_size, num_layers, out_features)
+        self.scale = nn.Parameter(torch.empty(num_layers))
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        self.scale.zero_()
+        self.scale[-1] = 1
+
+    def forward(self, layers: Layers) -> torch.Tensor:
+        return sum(layer * weight for layer, weight in zip(layers, self.scale.to(layers[-1].dtype).unbind()))
+
+
+class TokenConcat(SimpleFusion):
+    """All maps as tokens of their own, shallow first: L times as many for the language model."""
+
+    def forward(self, layers: Layers) -> torch.Tensor:
+        return torch.cat(list(layers), dim=1)
+
+
+class ChannelConcat(SimpleFusion):
+    """All maps side by side on the channel axis, for a projector whose first layer reads L*C channels.
+
+    That layer is stored in two parts: the query's columns are LLaVA's own first layer, under its own name and shape,
+    and those of the other maps are `extra`, zero at first. So a released projector fits, and nothing changes at first.
+    """
+
+    def __init__(self, hidden_size: int, num_layers: int, out_features: int):
+        super().__init__(hidden_size, num_layers, out_features)
+        self.extra = ZeroLinear(self.extra_width(), out_features, bias=False)
+
+    def extra_width(self) -> int:
+        """Channels beside the query's."""
+        return (self.num_layers - 1) * self.hidden_size
+
+    def extra_channels(self, layers: Layers) -> torch.Tensor:
+        """They themselves: [B, N, extra_width]."""
+        return torch.cat(list(layers[:-1]), dim=-1)
+
+    def forward(self, layers: Layers) -> torch.Tensor:
+        return layers[-1].contiguous()  # as without a fusion: a matrix product's rounding depends on the strides
+
+    def to_first_layer(self, layers: Layers) -> torch.Tensor:
+        """What the other maps add to the output of the projector's first layer: [B, N, out_features]."""
+        return self.extra(self.extra_channels(layers))
+
+
+class DenseChannel(ChannelConcat):
+    """Dense Connector's channel integration (arXiv 2405.13800): the query beside the means of both halves of the maps.
+
+    With the layers ``all`` of ViT-L below hidden_states[23] the halves are 0 … 11 and 12 … 23, as published. An odd map
+    in the middle goes to the deep half.
+    """
+
+    def extra_width(self) -> int:
+        return 2 * self.hidden_size
+
+    def extra_channels(self, layers: Layers) -> torch.Tensor:
+        half = len(layers) // 2
+        return torch.cat([sum(layers[:half]) / half, sum(layers[half:]) / (len(layers) - half)], dim=-1)
+
+
+_SIMPLE: Dict[str, Type[SimpleFusion]] = {
+    "mean": Mean,
+    "sum": Sum,
+    "weighted_sum": WeightedSum,
+    "channel_concat": ChannelConcat,
+    "dense_channel": DenseChannel,
+    "token_concat": TokenConcat,
+}
+
+
+def build_fusion(settings: MMFuserConfig, hidden_size: int, out_features: int) -> nn.Module:
+    """A fresh fusion.
+
+    Args:
+        settings: which one, of how many layers.
+        hidden_size: width of the feature maps.
+        out_features: width of the first layer of the projector behind it.
+
+    Raises:
+        ValueError: heads that do not divide the width.
+    """
+    if settings.fusion != "mmfuser":
+        return _SIMPLE[settings.fusion](hidden_size, settings.num_layers, out_features)
+    return MMFuser(
+        hidden_size,
+        num_layers=settings.num_layers,
+        num_heads=settings.num_heads,
+        num_points=settings.num_points,
+        attention=settings.attention,
+        self_attention=settings.self_attention,
+        window_size=settings.window_size,
+    )
