@@ -74,9 +74,22 @@ def parse_arguments(arguments: Sequence[str]) -> Tuple[argparse.Namespace, List[
     )
     parser.add_argument("--output", metavar="DIR", type=Path, required=True, help="runs, table, plot; kept and reused")
     what = parser.add_argument_group("settings (together in this order; the first is the baseline)")
-    what.add_argument("--settings", nargs="+", default=[], metavar="NAME:FLAGS", help='such as "mean: --mm_x mean"')
     what.add_argument(
-        "--preset", nargs="+", default=[], choices=PRESETS, metavar="NAME", help=f"the paper's: {', '.join(PRESETS)}"
+        "--settings",
+        nargs="+",
+        default=[],
+        action="extend",
+        metavar="NAME:FLAGS",
+        help='named flags, such as "mlp: --mm_projector_type mlp2x_gelu"',
+    )
+    what.add_argument(
+        "--preset",
+        nargs="+",
+        default=[],
+        action="extend",
+        choices=PRESETS,
+        metavar="NAME",
+        help=f"the paper's ablations: {', '.join(PRESETS)}",
     )
     what.add_argument(
         "--grid",

@@ -150,7 +150,7 @@ def draw(rows: Sequence[dict], settings: Sequence[str], file: Path) -> None:
     margin = 0.3 + 0.085 * max(len(part) for name in names for part in name.split("\n"))
     pitch = 0.34 + 0.15 * max(name.count("\n") for name in names)
     panel = max(pitch * len(settings), 0.9)
-    width, height = margin + 2.9 * columns + 0.15, 0.25 + lines * (panel + 0.75)
+    width, height = margin + (2.9 * columns if columns > 1 else 4.5) + 0.15, 0.25 + lines * (panel + 0.75)
     figure, axes = plt.subplots(lines, columns, sharey=True, squeeze=False, figsize=(width, height))
     figure.subplots_adjust(
         left=margin / width,
@@ -158,7 +158,7 @@ def draw(rows: Sequence[dict], settings: Sequence[str], file: Path) -> None:
         top=1 - 0.4 / height,
         bottom=0.6 / height,
         hspace=0.75 / panel,
-        wspace=0.08,
+        wspace=0.12,
     )
     for axis, metric in zip(axes.flat, metrics):
         _panel(axis, metric, [row for row in rows if row["metric"] == metric])
@@ -169,7 +169,8 @@ def draw(rows: Sequence[dict], settings: Sequence[str], file: Path) -> None:
         axis.remove()
     seeds = max(row["n"] for row in rows)
     caption = "one seed" if seeds == 1 else f"circles: {seeds} seeds; diamonds: mean ± sample standard deviation"
-    figure.text(0.15 / width, 0.1 / height, f"{caption}; dashed: {settings[0]}", fontsize=8, color="0.35", va="bottom")
+    caption += "; dashed: the first setting's mean"
+    figure.text(0.15 / width, 0.1 / height, caption, fontsize=8, color="0.35", va="bottom")
     incomplete = file.with_name(file.name + ".incomplete")
     figure.savefig(incomplete, dpi=150, format="png")
     plt.close(figure)
@@ -198,8 +199,9 @@ def _panel(axis, metric: str, block: Sequence[dict]) -> None:
         if position == 0:
             axis.axvline(row["mean"], color="0.35", linestyle="--", linewidth=0.9, zorder=1)
     if all(not value for row in block for value in row["values"].values()):
-        axis.set_xlim(-1, 1)  # nothing but zeros: matplotlib would show 1e-17
+        axis.set_xlim(-1.1, 1.1)  # nothing but zeros: matplotlib would show 1e-17
     axis.ticklabel_format(axis="x", useOffset=False)
+    axis.xaxis.get_offset_text().set_fontsize(8)
     axis.locator_params(axis="x", nbins=4)
 
 
