@@ -10,11 +10,11 @@ The first setting is the baseline. The same command again skips what is done, ma
 failed again from scratch, and refuses a DIR whose finished runs came from another command.
 
 Your own command comes after --. In it {flags}, {seed}, {output} (an empty folder), {name} (of the setting) and
-{port} (a free one: launchers that run side by side need different --master_port) are replaced. Metrics are the
-numbers in {output}/metrics.json, {"name": 1.5, ...}, and the mean of the last ten losses in
-{output}/trainer_state.json. What your script itself says is not compared with earlier runs: after editing it,
-give another --output. LLaVA's train.py makes the projector before it applies --seed: a seed fixes the order of
-the data, not the projector's first weights.
+{port} (a free one: with DeepSpeed side by side pass --master_port {port}, and neither --include nor --num_gpus)
+are replaced. Metrics are the numbers in {output}/metrics.json, {"name": 1.5, ...}, and the mean of the last ten
+losses in {output}/trainer_state.json. What your script itself says is not compared with earlier runs: after
+editing it, give another --output. LLaVA's train.py makes the projector before it applies --seed: a seed fixes
+the order of the data, not the projector's first weights.
 """
 
 import argparse
@@ -122,7 +122,10 @@ def named_settings(texts: Sequence[str]) -> List[Tuple[str, Tuple[str, ...]]]:
         name, colon, flags = text.partition(":")
         if not colon or not name.strip():
             raise ValueError(f'--settings {text!r} has no name; write "NAME: FLAGS", such as "wide: --mm_x 8"')
-        named.append((name.strip(), tuple(shlex.split(flags))))
+        try:
+            named.append((name.strip(), tuple(shlex.split(flags))))
+        except ValueError as error:
+            raise ValueError(f"--settings {text!r} is not quoted as in a shell: {error}") from None
     return named
 
 
@@ -171,19 +174,24 @@ def check(options: argparse.Namespace, command: Sequence[str], settings: Setting
     """Refuse early what would otherwise be found after hours of running."""
     if len(set(options.seeds)) < len(options.seeds):
         raise ValueError(f"--seeds {' '.join(map(str, options.seeds))} has a seed twice; use each once")
-    if importlib.util.find_spec("matplotlib") is None:
-        raise ValueError(f"{sys.executable} has no matplotlib, which draws the plot; pip install matplotlib")
+    needed = ("matplotlib",) if command else ("matplotlib", *ablate_demo.NEEDED)
+    missing = [name for name in needed if importlib.util.find_spec(name) is None]
+    if missing:
+        raise ValueError(
+            f"{sys.executable} has no {', '.join(missing)}; install what is missing, or use the environment that "
+            f"scripts/demo.sh makes: .demo/env/bin/python"
+        )
     if not command:
         return
     if shutil.which(command[0]) is None:
         raise ValueError(f"{command[0]}: there is no such command; write -- bash my_script.sh {{flags}} …")
     text = " ".join(command)
-    for placeholder, needed, why in (
+    for placeholder, required, why in (
         ("{flags}", len(settings) > 1, "all settings would be the same"),
         ("{seed}", len(options.seeds) > 1, "all seeds would be the same"),
         ("{output}", True, "all runs would write to the same place"),
     ):
-        if needed and placeholder not in text:
+        if required and placeholder not in text:
             raise ValueError(f"your command has no {placeholder}: {why}; put it where your script takes it")
 
 

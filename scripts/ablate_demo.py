@@ -19,6 +19,7 @@ WORLD = {  # what the pictures, the vision tower and the language model depend o
     "llama_steps": (400, "steps that train the language model on text"),
 }
 TRAINING = {"pretrain_steps": (120, "steps of stage 1"), "finetune_steps": (200, "steps of stage 2")}
+NEEDED = ("llava", "llava_mmfuser", "deepspeed", "sentencepiece", "sklearn", "skimage")  # as demo.sh --here
 WORLD_SEED = 0  # as in a real ablation, data and pretrained models are given: --seeds vary the training only
 
 

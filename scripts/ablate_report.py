@@ -146,7 +146,7 @@ def draw(rows: Sequence[dict], settings: Sequence[str], file: Path) -> None:
     metrics = list(dict.fromkeys(row["metric"] for row in rows))
     columns = min(len(metrics), PANELS_PER_ROW)
     lines = math.ceil(len(metrics) / columns)
-    names = [setting.replace("+", "\n") for setting in settings]
+    names = [setting.replace("+", "\n") if "=" in setting else setting for setting in settings]
     margin = 0.3 + 0.085 * max(len(part) for name in names for part in name.split("\n"))
     pitch = 0.34 + 0.15 * max(name.count("\n") for name in names)
     panel = max(pitch * len(settings), 0.9)

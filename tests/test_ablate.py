@@ -1,5 +1,7 @@
 """scripts/ablate.py: settings and names, the queue with a stub for a command, the arithmetic, one run of the demo."""
 
+import contextlib
+import importlib.metadata
 import json
 import os
 import signal
@@ -10,10 +12,10 @@ import time
 import ablate
 import ablate_demo
 import ablate_report
+import ablate_runs
 import demo
 import host
 import pytest
-import torch
 
 SCRIPT = host.ROOT / "scripts" / "ablate.py"
 # Writes what train.py writes. Flags: --value V, --fail, --bad METRICS.JSON, --gate FILE waits until FILE is there.
@@ -24,6 +26,8 @@ assert os.listdir(output) == [], "a clean folder"
 def mark(name):
     with open(os.path.join(output, name), "w") as file:
         file.write(os.environ.get("CUDA_VISIBLE_DEVICES", ""))
+with open(os.path.join(output, "pid"), "w") as file:
+    print(os.getpid(), file=file)
 mark("started")
 if "--gate" in flags:
     while not os.path.exists(flags[flags.index("--gate") + 1]):
@@ -109,6 +113,7 @@ def test_presets_agree_on_the_settings_they_share():
     [
         ([], "there is nothing to compare"),
         (["--settings", "--mm_x 1"], "has no name"),
+        (["--settings", "a: 'b"], '--settings "a: \'b" is not quoted as in a shell'),
         (["--settings", "a: 1", "a: 2"], "'a' and 'a' have the same folder name"),
         (["--settings", "a/b: 1", "a b: 2"], "'a/b' and 'a b' have the same folder name"),
         (["--grid", "mm_x", "1", "1"], "'x=1' and 'x=1' have the same folder name"),
@@ -125,6 +130,13 @@ def test_what_cannot_work_is_refused_first(tmp_path, capsys, arguments, message)
     error = capsys.readouterr().err
     assert error.startswith("ablate: ") and message in error and error.count("\n") == 1
     assert not (tmp_path / "new").exists()
+
+
+def test_missing_packages_are_named_first(tmp_path, capsys, monkeypatch, stub):
+    monkeypatch.setattr(ablate_demo, "NEEDED", ("llava", "no_such_package"))
+    assert ablate.main(["--output", str(tmp_path / "new"), *TWO]) == 2
+    assert "has no no_such_package; install what is missing" in capsys.readouterr().err
+    assert ablate.main(["--output", str(tmp_path / "new"), *TWO, "--dry-run", *stub]) == 0, "not needed here"
 
 
 def test_placeholders():
@@ -149,7 +161,7 @@ def test_runs_are_recorded_and_skipped_when_done(tmp_path, capsys, stub):
     assert first["status"] == "done" and first["flags"] == ["--value", "2"] and first["seed"] == 2
     assert first["metrics"] == {"loss": 4.0, "score": 6.0} and first["seconds"] > 0
     assert first["ran"][-4:] == [str(run_of(tmp_path, "two", 2)), "2", "--value", "2"]
-    assert first["versions"]["torch"] == torch.__version__
+    assert first["versions"]["torch"] == importlib.metadata.version("torch")
     order = [run_of(tmp_path, name, seed) / "started" for seed in (0, 2) for name in ("one", "two")]
     assert order == sorted(order, key=lambda file: file.stat().st_mtime_ns), "first every setting with the first seed"
     for file in ("table.txt", "results.json", "results.csv", "ablation.png"):
@@ -234,7 +246,6 @@ def test_an_interrupted_ablation_goes_on(tmp_path, capsys, stub, number, status)
     command = ["--output", str(tmp_path), "--seeds", "0", "--settings", "one: --value 1", f"slow: --gate {gate}", *stub]
     process = subprocess.Popen([sys.executable, str(SCRIPT), *command], stderr=subprocess.PIPE, text=True)
     wait_for(lambda: (run_of(tmp_path, "slow", 0) / "started").exists())
-    child = child_of(process.pid)
     process.send_signal(number)
     assert process.wait(30) == status
     first = record(tmp_path, "one", 0)
@@ -242,17 +253,19 @@ def test_an_interrupted_ablation_goes_on(tmp_path, capsys, stub, number, status)
     if number == signal.SIGKILL:  # nobody could stop the child, so nobody else may use its folder
         assert ablate.main(command) == 2
         assert "is in use by another ablate.py, or by a run that one left behind" in capsys.readouterr().err
-        os.kill(child, signal.SIGKILL)
-    wait_for(lambda: not os.path.exists(f"/proc/{child}") or "\nState:\tZ" in open(f"/proc/{child}/status").read())
+        os.kill(int((run_of(tmp_path, "slow", 0) / "pid").read_text()), signal.SIGKILL)
+        wait_for(lambda: is_free(tmp_path))
+    assert is_free(tmp_path), "the child was stopped, too: it holds the lock while it lives"
     gate.touch()
     (run_of(tmp_path, "slow", 0) / "metrics.json").write_text('{"score": -1}')  # half a result
     assert ablate.main(command) == 0
     assert record(tmp_path, "one", 0) == first and record(tmp_path, "slow", 0)["metrics"]["score"] == 1
 
 
-def child_of(pid):
-    with open(f"/proc/{pid}/task/{pid}/children") as file:
-        return int(file.read().split()[0])
+def is_free(root):
+    with contextlib.suppress(ValueError), ablate_runs.locked(root):
+        return True
+    return False
 
 
 def finished(setting, seed, **metrics):
