@@ -262,6 +262,20 @@ def test_an_interrupted_ablation_goes_on(tmp_path, capsys, stub, number, status)
     assert record(tmp_path, "one", 0) == first and record(tmp_path, "slow", 0)["metrics"]["score"] == 1
 
 
+def test_runs_that_do_not_stop_are_killed(tmp_path, monkeypatch):
+    monkeypatch.setattr(ablate_runs, "GRACE", 0.2)
+    script = "trap '' TERM; touch {output}/up; while :; do sleep 0.1; done"
+    run = ablate_runs.Run("deaf", (), 0, ("bash", "-c", script), tmp_path / "deaf")
+
+    def started(*_):
+        wait_for((tmp_path / "deaf" / "up").exists)
+        raise KeyboardInterrupt
+
+    with ablate_runs.locked(tmp_path) as lock, pytest.raises(KeyboardInterrupt):
+        ablate_runs.run_all([run], [None], lock, started, lambda *_: None)
+    wait_for(lambda: is_free(tmp_path))
+
+
 def is_free(root):
     with contextlib.suppress(ValueError), ablate_runs.locked(root):
         return True
