@@ -185,9 +185,13 @@ def check(options: argparse.Namespace, command: Sequence[str], settings: Setting
         return
     if shutil.which(command[0]) is None:
         raise ValueError(f"{command[0]}: there is no such command; write -- bash my_script.sh {{flags}} …")
+    for name, (default, _) in {**ablate_demo.WORLD, **ablate_demo.TRAINING}.items():
+        if getattr(options, name) != default:
+            setting = f"--{name.replace('_', '-')} {getattr(options, name)}"
+            raise ValueError(f"{setting} is a size of the demo, which your own command does not see; leave it out")
     text = " ".join(command)
     for placeholder, required, why in (
-        ("{flags}", len(settings) > 1, "all settings would be the same"),
+        ("{flags}", any(settings.values()), "all settings would be the same"),
         ("{seed}", len(options.seeds) > 1, "all seeds would be the same"),
         ("{output}", True, "all runs would write to the same place"),
     ):
@@ -288,6 +292,7 @@ def execute(
                 raise ValueError(f"exit status {made.returncode} while the demo's pictures and models were made")
         run_all(waiting, options.gpus or (None,), lock, progress.started, progress.ended)
     except KeyboardInterrupt:
+        progress.report()
         print(f"\nInterrupted. The same command goes on; so far: {root / 'table.txt'}", file=sys.stderr)
         return 130
     print(f"\n{progress.report()}")

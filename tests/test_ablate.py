@@ -120,6 +120,7 @@ def test_presets_agree_on_the_settings_they_share():
         (["--grid", "mm_x=1,2"], "write --grid mm_fuser_attention deformable dense"),
         ([*TWO, "--seeds", "1", "1"], "--seeds 1 1 has a seed twice"),
         ([*TWO, "--", "no-such-command", "{flags}"], "no-such-command: there is no such command"),
+        ([*TWO, "--clip-steps", "5", "--", "true"], "--clip-steps 5 is a size of the demo"),
         ([*TWO, "--", "true", "{seed}", "{output}"], "no {flags}"),
         ([*TWO, "--", "true", "{flags}", "{output}"], "no {seed}"),
         ([*TWO, "--", "true", "{flags}", "{seed}"], "no {output}"),
@@ -215,7 +216,7 @@ def test_a_failing_run_stops_nothing_and_is_made_again(tmp_path, capsys, stub):
 
 
 def test_a_run_without_metrics_is_not_done(tmp_path, capsys):
-    command = ["--output", str(tmp_path), "--settings", "a: --x", "--seeds", "0", "--", "true", "{output}"]
+    command = ["--output", str(tmp_path), "--settings", "a:", "--seeds", "0", "--", "true", "{output}"]
     assert ablate.main(command) == 1
     assert "left neither a metrics.json nor a trainer_state.json with a loss" in capsys.readouterr().out
     assert not (tmp_path / "ablation.png").exists()
@@ -250,6 +251,8 @@ def test_an_interrupted_ablation_goes_on(tmp_path, capsys, stub, number, status)
     assert process.wait(30) == status
     first = record(tmp_path, "one", 0)
     assert first["status"] == "done" and record(tmp_path, "slow", 0)["status"] == "running"
+    table = (tmp_path / "table.txt").read_text()
+    assert table.endswith("Not run yet: 1 of 2.\n") and "one" in table
     if number == signal.SIGKILL:  # nobody could stop the child, so nobody else may use its folder
         assert ablate.main(command) == 2
         assert "is in use by another ablate.py, or by a run that one left behind" in capsys.readouterr().err
