@@ -30,8 +30,10 @@ with open(os.path.join(output, "pid"), "w") as file:
     print(os.getpid(), file=file)
 mark("started")
 if "--gate" in flags:
+    deadline = time.monotonic() + 60
     while not os.path.exists(flags[flags.index("--gate") + 1]):
         time.sleep(0.02)
+        assert time.monotonic() < deadline, "the gate stays closed"
 if "--fail" in flags:
     sys.exit("ValueError: this stub fails")
 value = float(flags[flags.index("--value") + 1]) if "--value" in flags else 1.0
@@ -254,6 +256,7 @@ def test_an_interrupted_ablation_goes_on(tmp_path, capsys, stub, number, status)
     table = (tmp_path / "table.txt").read_text()
     assert table.endswith("Not run yet: 1 of 2.\n") and "one" in table
     if number == signal.SIGKILL:  # nobody could stop the child, so nobody else may use its folder
+        assert not is_free(tmp_path)
         assert ablate.main(command) == 2
         assert "is in use by another ablate.py, or by a run that one left behind" in capsys.readouterr().err
         os.kill(int((run_of(tmp_path, "slow", 0) / "pid").read_text()), signal.SIGKILL)
