@@ -11,7 +11,7 @@ import sys
 import textwrap
 import time
 from pathlib import Path
-from typing import Dict, List
+from typing import Dict, List, Sequence
 
 import tiny_llava
 import torch
@@ -70,26 +70,35 @@ def make_world(folder: Path, options: argparse.Namespace, progress: Progress) ->
     tiny_llava.make_llama(folder / "llama", steps=options.llama_steps, seed=options.seed)
 
 
-def train_command(folder: Path, variant: str, stage: str, options: argparse.Namespace) -> List[str]:
+def train_command(
+    world: Path,
+    folder: Path,
+    variant: str,
+    stage: str,
+    options: argparse.Namespace,
+    device: str = "cpu",
+    flags: Sequence[str] = (),
+) -> List[str]:
     """LLaVA's scripts/v1_5/pretrain.sh or finetune.sh without the deepspeed launcher, with tiny sizes.
 
+    `world` is what `make_world` wrote, the model goes below `folder`, and further `flags` override those made here.
     train.py makes the projector before its Trainer applies --seed: alone it starts from other weights in every run.
     """
     script = importlib.util.find_spec("llava.train.train").origin
     seeded = f"import runpy, torch; torch.manual_seed({options.seed}); runpy.run_path({script!r}, run_name='__main__')"
-    flags: Dict[str, object] = {
-        "model_name_or_path": folder / "llama",
-        "vision_tower": folder / "clip",
+    recipe: Dict[str, object] = {
+        "model_name_or_path": world / "llama",
+        "vision_tower": world / "clip",
         "mm_projector_type": variant,
         "mm_vision_select_layer": -2,
         "mm_use_im_start_end": False,
         "mm_use_im_patch_token": False,
-        "data_path": folder / "data" / f"{stage}.json",
-        "image_folder": folder / "data",
+        "data_path": world / "data" / f"{stage}.json",
+        "image_folder": world / "data",
         "lazy_preprocess": True,
         "output_dir": folder / f"llava-{variant}-{stage}",
         "bf16": True,
-        "use_cpu": True,
+        "use_cpu": device == "cpu",
         "seed": options.seed,
         "max_steps": options.pretrain_steps if stage == "pretrain" else options.finetune_steps,
         "per_device_train_batch_size": 16,
@@ -103,20 +112,19 @@ def train_command(folder: Path, variant: str, stage: str, options: argparse.Name
         "report_to": "none",
     }
     if variant == "mmfuser":
-        flags["mm_fuser_num_heads"] = 4
+        recipe["mm_fuser_num_heads"] = 4
     if stage == "pretrain":
-        flags.update(version="plain", tune_mm_mlp_adapter=True, learning_rate=2e-3)
+        recipe.update(version="plain", tune_mm_mlp_adapter=True, learning_rate=2e-3)
     else:
-        flags.update(
+        recipe.update(
             version="v1",
             image_aspect_ratio="pad",
             group_by_modality_length=True,
             learning_rate=2e-3,
             pretrain_mm_mlp_adapter=folder / f"llava-{variant}-pretrain" / "mm_projector.bin",
         )
-    return [sys.executable, "-c", seeded] + [
-        part for name, value in flags.items() for part in (f"--{name}", str(value))
-    ]
+    arguments = [part for name, value in recipe.items() for part in (f"--{name}", str(value))]
+    return [sys.executable, "-c", seeded, *arguments, *flags]
 
 
 def run(command: List[str], log: Path) -> float:
@@ -151,7 +159,7 @@ def run(command: List[str], log: Path) -> float:
     return time.monotonic() - start
 
 
-def answer(folder: Path, records: List[dict]) -> Dict[str, object]:
+def answer(folder: Path, data: Path, records: List[dict], device: str = "cpu") -> Dict[str, object]:
     """Load the model through LLaVA and ask both questions about every record, as llava/eval/model_vqa.py does."""
     from llava.constants import DEFAULT_IMAGE_TOKEN, IMAGE_TOKEN_INDEX
     from llava.conversation import conv_templates
@@ -160,12 +168,12 @@ def answer(folder: Path, records: List[dict]) -> Dict[str, object]:
 
     transformers.logging.set_verbosity_error()  # else it lists the tower's weights, and the pad token at every question
     tokenizer, model, processor, _ = load_pretrained_model(
-        str(folder), None, get_model_name_from_path(str(folder)), device_map="cpu", device="cpu"
+        str(folder), None, get_model_name_from_path(str(folder)), device_map=device, device=device
     )
     answers: Dict[str, List[str]] = {kind: [] for kind in tiny_llava.QUESTIONS}
     for record in tqdm(records, desc="pictures", mininterval=1):
-        image = Image.open(folder.parent / "data" / record["image"]).convert("RGB")
-        pixels = process_images([image], processor, model.config)[0].unsqueeze(0).half()
+        image = Image.open(data / record["image"]).convert("RGB")
+        pixels = process_images([image], processor, model.config)[0].unsqueeze(0).half().to(device)
         for kind, question in tiny_llava.QUESTIONS.items():
             conversation = conv_templates["v1"].copy()
             conversation.append_message(conversation.roles[0], DEFAULT_IMAGE_TOKEN + "\n" + question)
@@ -173,7 +181,7 @@ def answer(folder: Path, records: List[dict]) -> Dict[str, object]:
             ids = tokenizer_image_token(conversation.get_prompt(), tokenizer, IMAGE_TOKEN_INDEX, return_tensors="pt")
             with torch.inference_mode():
                 output = model.generate(
-                    ids.unsqueeze(0),
+                    ids.unsqueeze(0).to(device),
                     images=pixels,
                     image_sizes=[image.size],
                     do_sample=False,
@@ -190,6 +198,14 @@ def losses(folder: Path) -> List[float]:
     return [entry["loss"] for entry in history if "loss" in entry]
 
 
+def accuracy(answers: Dict[str, List[str]], records: List[dict]) -> Dict[str, float]:
+    """Per kind of question, the fraction of answers that are exactly what the record says."""
+    return {
+        kind: sum(text == str(record[kind]) for text, record in zip(given, records)) / len(records)
+        for kind, given in answers.items()
+    }
+
+
 def compare(folder: Path, options: argparse.Namespace, progress: Progress) -> Dict[str, dict]:
     """Train and examine every variant; return its losses, answers, accuracies, projector size and seconds."""
     records = json.loads((folder / "data" / "heldout.json").read_text())
@@ -201,14 +217,11 @@ def compare(folder: Path, options: argparse.Namespace, progress: Progress) -> Di
             output = folder / f"llava-{variant}-{stage}"
             shutil.rmtree(output, ignore_errors=True)
             log = folder / f"llava-{variant}-{stage}.log"
-            result["seconds"] += run(train_command(folder, variant, stage, options), log)
+            result["seconds"] += run(train_command(folder, folder, variant, stage, options), log)
             result["losses"][stage] = losses(output)
         progress(f"{variant}: answering {2 * len(records)} questions about held-out pictures")
-        result.update(answer(output, records))
-        result["accuracy"] = {
-            kind: sum(given == str(record[kind]) for given, record in zip(given_answers, records)) / len(records)
-            for kind, given_answers in result["answers"].items()
-        }
+        result.update(answer(output, folder / "data", records))
+        result["accuracy"] = accuracy(result["answers"], records)
         print(", ".join(f"{kind}: {value:.1%} right" for kind, value in result["accuracy"].items()), flush=True)
         results[variant] = result
     return results
