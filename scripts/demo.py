@@ -111,7 +111,8 @@ def train_command(
         "dataloader_num_workers": 0,
         "report_to": "none",
     }
-    if variant == "mmfuser":
+    simple_fusion = any(name == "--mm_fuser_fusion" and value != "mmfuser" for name, value in zip(flags, flags[1:]))
+    if variant == "mmfuser" and not simple_fusion:  # which has no heads
         recipe["mm_fuser_num_heads"] = 4
     if stage == "pretrain":
         recipe.update(version="plain", tune_mm_mlp_adapter=True, learning_rate=2e-3)

@@ -188,3 +188,16 @@ def test_summary_names_what_matters():
     fused = MMFuserConfig(layers="3,8,13,18,23", attention="window", self_attention=False)
     assert fused.summary() == "hidden_states 3,8,13,18,23 -> window attention, num_heads 16, window_size 3"
     assert MMFuserConfig(layers="8,23", fusion="sum").summary() == "hidden_states 8,23 -> sum"
+
+
+def test_command_shows_the_sets_of_any_depth():
+    import sys
+
+    import host
+
+    command = [sys.executable, "-m", "llava_mmfuser", "layers"]
+    lines = host.run(command + ["24"]).stdout.splitlines()
+    assert [line.split() for line in lines[:2]] == [["uniform", "3,8,13,18,23"], ["shallow", "1,2,3,4,23"]]
+    assert "uniform  none below this layer" in host.run(command + ["4"]).stdout
+    done = host.run(command + ["24", "--mm_vision_select_layer", "25"], check=False)
+    assert done.returncode == 1 and "layer 25 does not exist; this vision tower has 24 blocks" in done.stdout

@@ -346,6 +346,22 @@ def test_upgrade_settings(made, world, tmp_path, cli):
     assert torch.equal(logits(load(tmp_path / "out")), logits(load(made / "plain single bin")))
 
 
+@pytest.mark.parametrize("fusion", ["weighted_sum", "channel_concat"])
+def test_upgrade_to_other_fusions_that_are_an_identity(made, world, tmp_path, cli, fusion):
+    flags = ["--mm_fuser_fusion", fusion, "--mm_fuser_layers", "shallow", "--vision-tower", world / "clip"]
+    code, _, err = cli("upgrade", made / "plain single safetensors", tmp_path / "out", *flags)
+    assert (code, err) == (0, "")
+    assert config_of(tmp_path / "out")["mm_fuser_layers"] == [1, 2, 3, 4, 7]
+    assert torch.equal(logits(load(tmp_path / "out")), logits(load(made / "plain single safetensors")))
+
+
+def test_upgrade_to_a_fusion_that_is_no_identity_is_refused(made, world, tmp_path, cli):
+    flags = ["--mm_fuser_fusion", "mean", "--vision-tower", world / "clip"]
+    code, _, err = cli("upgrade", made / "plain single safetensors", tmp_path / "out", *flags)
+    assert code == 1 and "mm_fuser_fusion=mean does not start as an identity" in err
+    assert "use mmfuser or weighted_sum or channel_concat or dense_channel" in err and not (tmp_path / "out").exists()
+
+
 class Malicious:
     def __reduce__(self):
         return os.mkdir, ("llava-mmfuser-test-was-run",)
@@ -463,6 +479,7 @@ REFUSED = [
     ("theirs", ["convert"], dict(mm_vision_select_layer=[-22, -17, -12, -7, -2]), "layer -22 does not exist"),
     ("theirs", ["convert"], dict(mm_vision_select_layer=-2), "write the five layers"),
     ("theirs", ["convert"], dict(mm_projector_type="identity"), "'identity' is not allowed"),
+    ("ours", ["convert", "--to", "authors"], dict(mm_fuser_fusion="sum"), "mm_fuser_fusion=sum .* mmfuser only"),
     ("ours", ["convert", "--to", "authors"], dict(mm_fuser_num_points=2), "mm_fuser_num_points=2 .* 4 only"),
     ("ours", ["convert", "--to", "authors"], dict(mm_fuser_num_heads=8), "mm_fuser_num_heads=8 .*16 only"),
     ("ours", ["convert", "--to", "authors"], dict(mm_fuser_self_attention=False), "mm_fuser_self_attention=False"),

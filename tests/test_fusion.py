@@ -121,7 +121,9 @@ ROUTES = [dict(mm_fuser_fusion=fusion) for fusion in SIMPLE] + [
 def test_trains_saves_reloads_and_answers_through_upstreams_scripts(world, tmp_path, flags):
     pretrained, finetuned = tmp_path / "llava-pretrain", tmp_path / "llava-finetune"
     flags = {**flags, "mm_fuser_layers": "shallow"}
-    host.train(world, pretrained, **flags)
+    done = host.train(world, pretrained, **flags)
+    is_identity = FUSIONS[flags.get("mm_fuser_fusion", "mmfuser")]
+    assert ("does not start as an identity" in done.stdout) != is_identity
     adapter = pretrained / "mm_projector.bin"
     done = host.train(world, finetuned, "finetune", pretrain_mm_mlp_adapter=adapter, **flags)
     has_weights = any("fuser." in name for name in torch.load(adapter, map_location="cpu"))

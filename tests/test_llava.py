@@ -14,6 +14,7 @@ from llava.model.multimodal_encoder.clip_encoder import CLIPVisionTower
 from llava.model.multimodal_projector.builder import build_vision_projector
 
 from llava_mmfuser import MMFuser, MMFuserProjector
+from llava_mmfuser.config import ATTENTION_KINDS, FUSIONS
 
 
 def arguments(world, **settings):
@@ -298,12 +299,18 @@ def test_published_adapter_loads():
     assert all(torch.equal(value, source.state_dict()[name]) for name, value in fused.state_dict().items())
 
 
-def test_released_checkpoint_answers_identically_after_the_switch(world):
+@pytest.mark.parametrize(
+    "settings",
+    [dict(mm_fuser_attention=kind) for kind in ATTENTION_KINDS]
+    + [dict(mm_fuser_fusion=fusion) for fusion, is_identity in FUSIONS.items() if is_identity and fusion != "mmfuser"],
+    ids=lambda settings: next(iter(settings.values())),
+)
+def test_released_checkpoint_answers_identically_after_the_switch(world, settings):
     torch.manual_seed(3)
     released = model_with(world, mm_projector_type="mlp2x_gelu").eval()
     switched = copy.deepcopy(released)
     inner = switched.get_model().mm_projector
-    switched.get_model().initialize_vision_modules(arguments(world))
+    switched.get_model().initialize_vision_modules(arguments(world, **settings))
     projector = switched.get_model().mm_projector
     assert isinstance(projector, MMFuserProjector) and projector._modules["0"] is inner[0]
     assert all(parameter.requires_grad for parameter in projector.parameters())
@@ -311,6 +318,32 @@ def test_released_checkpoint_answers_identically_after_the_switch(world):
     ids = torch.tensor([[1, -200, 5, 6], [1, -200, 7, 8]])
     with torch.no_grad():
         assert torch.equal(released(ids, images=IMAGES[:2]).logits, switched(ids, images=IMAGES[:2]).logits)
+
+
+@pytest.mark.parametrize("fusion", [fusion for fusion, is_identity in FUSIONS.items() if not is_identity])
+def test_fusions_that_are_no_identity_say_so_in_front_of_a_released_checkpoint(world, caplog, fusion):
+    logging.getLogger("llava_mmfuser").addHandler(caplog.handler)
+    model = model_with(world, mm_projector_type="mlp2x_gelu")
+    model.get_model().initialize_vision_modules(arguments(world, mm_fuser_fusion=fusion))
+    logging.getLogger("llava_mmfuser").removeHandler(caplog.handler)
+    assert any(f"mm_fuser_fusion={fusion} does not start as an identity" in line for line in caplog.messages)
+    assert model(torch.tensor([[1, -200, 5]]), images=IMAGES[:1]).logits.isfinite().all()
+
+
+def test_tokens_of_several_layers_and_tiles_do_not_go_together(world):
+    with pytest.raises(ValueError, match="mm_patch_merge_type=spatial_unpad together with .*token_concat"):
+        model_with(world, mm_fuser_fusion="token_concat", mm_patch_merge_type="spatial_unpad")
+
+
+def test_second_finetune_may_repeat_a_set_by_name_but_not_name_another(world):
+    model = model_with(world, mm_fuser_layers="shallow", mm_vision_select_layer=-2)
+    again = arguments(world, mm_fuser_layers="shallow", mm_vision_select_layer=-2)
+    model.get_model().initialize_vision_modules(again)
+    assert model.config.mm_fuser_layers == [1, 2, 3, 4, 7]
+    with pytest.raises(ValueError, match="but the checkpoint was trained with"):
+        model.get_model().initialize_vision_modules(
+            arguments(world, mm_fuser_layers="uniform", mm_vision_select_layer=-2)
+        )
 
 
 def test_second_finetune_keeps_layers_and_weights(world):
