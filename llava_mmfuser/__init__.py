@@ -7,6 +7,7 @@ Where things live, from LLaVA inwards:
 * hooking: ``activation`` (import hook), ``llava_patch`` (what of LLaVA is replaced, and why), ``patching`` (how)
 * in LLaVA's place: ``vision`` (several layers of the tower), ``projector``, ``trainer``
 * the block: ``config`` (every setting), ``fuser``, ``attention``, ``ops`` (sampling), ``resettable`` (its leaf modules)
+* its rivals: ``fusion`` (the simple fusions)
 * checkpoints: ``checkpoint`` (names, shapes, adapters), ``inspection``, ``convert`` (what to write), ``writing`` (how)
 * ``__main__``: the command line
 """

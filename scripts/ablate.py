@@ -33,23 +33,22 @@ import ablate_demo
 from ablate_report import write_report
 from ablate_runs import Run, locked, run_all
 
+from llava_mmfuser.config import ATTENTION_KINDS, FUSIONS, LAYER_SETS
+
 FUSER = "--mm_projector_type mmfuser"
 MLP = {"mlp2x_gelu": "--mm_projector_type mlp2x_gelu"}
 PRESETS = {  # the paper's ablations, each against LLaVA's own projector
     "fusions": {
         **MLP,
-        **{
-            fusion: f"{FUSER} --mm_fuser_fusion {fusion}"
-            for fusion in ("mmfuser", "mean", "sum", "weighted_sum", "channel_concat", "token_concat", "dense_channel")
-        },
+        **{fusion: f"{FUSER} --mm_fuser_fusion {fusion}" for fusion in FUSIONS},
     },
     "layers": {
         **MLP,
-        **{name: f"{FUSER} --mm_fuser_layers {name}" for name in ("uniform", "shallow", "middle", "deep")},
+        **{name: f"{FUSER} --mm_fuser_layers {name}" for name in LAYER_SETS if name != "all"},
     },
     "attention": {
         **MLP,
-        **{kind: f"{FUSER} --mm_fuser_attention {kind}" for kind in ("deformable", "dense", "window")},
+        **{kind: f"{FUSER} --mm_fuser_attention {kind}" for kind in ATTENTION_KINDS},
     },
     "modules": {
         **MLP,
