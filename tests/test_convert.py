@@ -1,5 +1,6 @@
 """Converting, upgrading and inspecting checkpoints: real files, loaded by the real LLaVA."""
 
+import dataclasses
 import errno
 import hashlib
 import json
@@ -18,6 +19,7 @@ from llava.model import LlavaLlamaForCausalLM
 from safetensors.torch import load_file, save_file
 from test_llava import IMAGES, model_with
 
+from llava_mmfuser import MMFuserConfig
 from llava_mmfuser import __main__ as command_line
 from llava_mmfuser import writing as module
 from llava_mmfuser.convert import convert, upgrade
@@ -301,7 +303,9 @@ def test_upgraded_checkpoint_answers_bit_for_bit_as_before(made, tmp_path, cli, 
     config = config_of(out)
     assert config["mm_projector_type"] == "mmfuser" and config["mm_fuser_layers"] == [3, 4, 5, 6, 7]
     assert config["mm_fuser_projector"] == "mlp2x_gelu" and config["mm_vision_select_layer"] == -2
-    assert len([key for key in config if key.startswith("mm_fuser_")]) == 6
+    assert {key for key in config if key.startswith("mm_fuser_")} == {
+        "mm_fuser_" + field.name for field in dataclasses.fields(MMFuserConfig)
+    }
     kept = {name: value for (_, name), value in read(out).items() if ".fuser." not in name}
     assert same(kept, {name: value for (_, name), value in read(source).items()})
     shards = sorted(path.name for path in out.iterdir() if re.fullmatch(r".*-\d{5}-of-\d{5}\..*", path.name))
@@ -479,7 +483,7 @@ REFUSED = [
     ("theirs", ["convert"], dict(mm_vision_select_layer=[-22, -17, -12, -7, -2]), "layer -22 does not exist"),
     ("theirs", ["convert"], dict(mm_vision_select_layer=-2), "write the five layers"),
     ("theirs", ["convert"], dict(mm_projector_type="identity"), "'identity' is not allowed"),
-    ("ours", ["convert", "--to", "authors"], dict(mm_fuser_fusion="sum"), "mm_fuser_fusion=sum .* mmfuser only"),
+    ("ours", ["convert", "--to", "authors"], dict(mm_fuser_fusion="sum"), "mm_fuser_fusion='sum' .* 'mmfuser' only"),
     ("ours", ["convert", "--to", "authors"], dict(mm_fuser_num_points=2), "mm_fuser_num_points=2 .* 4 only"),
     ("ours", ["convert", "--to", "authors"], dict(mm_fuser_num_heads=8), "mm_fuser_num_heads=8 .*16 only"),
     ("ours", ["convert", "--to", "authors"], dict(mm_fuser_self_attention=False), "mm_fuser_self_attention=False"),

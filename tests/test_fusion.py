@@ -165,3 +165,24 @@ def test_adapter_of_another_fusion_without_weights_is_refused(world, tmp_path):
         pretrain_mm_mlp_adapter=tmp_path / "llava-mean" / "mm_projector.bin",
     )
     assert done.returncode and "was trained with mm_fuser_fusion=mean, but this run has sum" in done.stdout
+
+
+@pytest.mark.deepspeed_cpu
+@pytest.mark.parametrize(
+    "flags",
+    [
+        dict(mm_fuser_fusion="weighted_sum"),
+        dict(mm_fuser_fusion="channel_concat"),
+        dict(mm_fuser_attention="window", mm_fuser_num_heads=4),
+    ],
+    ids=["weighted_sum", "channel_concat", "window"],
+)
+def test_trains_under_zero_3_on_two_ranks(world, tmp_path, flags):
+    done = host.deepspeed(world, tmp_path / "llava-zero3", host.zero(tmp_path, 3), **flags)
+    state = torch.load(tmp_path / "llava-zero3" / "mm_projector.bin", map_location="cpu")
+    fuser = {name.split("fuser.")[1]: value.float() for name, value in state.items() if "fuser." in name}
+    assert fuser and all(value.isfinite().all() for value in fuser.values()), done.stdout[-2000:]
+    if "scale" in fuser:
+        assert not torch.equal(fuser["scale"], torch.tensor([0.0, 0, 0, 0, 1])) and 0.5 < fuser["scale"][-1] < 1.5
+    else:
+        assert fuser.get("extra.weight", fuser.get("cross_gate.scale")).abs().sum() > 0
