@@ -13,18 +13,21 @@ from .pictures import expand, output_names, read_picture
 
 DEVIATIONS = 2  # standard deviations of a principal component between the middle and the end of its colour
 PERCENTILES = (2, 98)  # of the norms, at the ends of their scale: CLIP's deep layers have a few very long patches
+SHOWN = 0.95  # of the weights of samples lie in the window that is drawn
 CAPTION = (
     f"Colours: the three main components of a map's patches (LayerNormed, centred), ±{DEVIATIONS} standard deviations. "
     "Each layer has its own components, turned so that its colours match the query's as closely as they can; the fused "
-    "map is shown in the query's. Norm: length of a patch's feature vector, one scale for all maps, its ends the "
-    f"{PERCENTILES[0]}nd and {PERCENTILES[1]}th percentile. Difference: length of (fused - query), its own scale, from "
-    "0; the number is the mean of its share of the query's length. Patches of padding alone count nowhere."
+    "map is shown in the query's.",
+    "Difference: length of (fused - query) on its own scale; the number is the mean of its share of the query's "
+    "length. Norm: length of a patch's feature vector; all maps share a scale from the "
+    f"{PERCENTILES[0]}nd to the {PERCENTILES[1]}th percentile. Patches of padding alone count nowhere.",
 )
 SAMPLES_CAPTION = (
-    " Samples: where the query in the white cell reads each layer; a dot's colour is its head, its area its attention "
-    "weight. The number is the layer's share of all weights. Beyond the tower's input there is nothing to read."
+    "Samples: where the query in the white cell reads each layer, in the dashed window, which is as large as it takes "
+    f"to hold {SHOWN:.0%} of the weights. A dot's colour is its head, its area its attention weight; the number is the "
+    "layer's share of all weights. Grey is padding; in the white beyond there is nothing to read.",
 )
-WIDTH, HEIGHT, NARROW = 1.6, 2.4, 1.35  # inches: of a panel at most, of a column at least
+WIDTH, HEIGHT, FLAT, NARROW = 1.6, 2.4, 0.3, 1.35  # inches: of a panel at most, its height and a column at least
 LEFT, RIGHT, TOP, TITLE, GAP = 0.75, 0.7, 0.4, 0.25, 0.12  # inches around panels
 DPI = 160
 
@@ -145,10 +148,12 @@ def _components(layer: np.ndarray, real: np.ndarray) -> Tuple[np.ndarray, Callab
 
     patches = normed(layer)[real]  # [n, C]
     mean = patches.mean(0)
-    _, lengths, axes = np.linalg.svd(patches - mean, full_matrices=False)
-    kept = lengths[:3] > 1e-6 * max(lengths[0], 1e-6)  # a picture of one colour has fewer than three
+    patches = patches - mean
+    values, vectors = np.linalg.eigh(patches @ patches.T)  # cheaper than a decomposition of [n, C]
+    values, vectors = values[:-4:-1], vectors[:, :-4:-1]
+    kept = values > 1e-9 * max(values[0], 1e-9)  # a map without contrast has fewer than three
     basis = np.zeros((layer.shape[-1], 3))
-    basis[:, : len(kept)] = axes[:3].T * np.where(kept, np.sqrt(len(patches)) / np.where(kept, lengths[:3], 1), 0)
+    basis[:, : len(kept)] = patches.T @ vectors * np.where(kept, np.sqrt(len(patches)) / np.where(kept, values, 1), 0)
     basis *= np.where(basis[np.abs(basis).argmax(0), range(3)] < 0, -1, 1)  # the sign is arbitrary; make it repeatable
 
     def project(x: np.ndarray) -> np.ndarray:
@@ -160,12 +165,12 @@ def _components(layer: np.ndarray, real: np.ndarray) -> Tuple[np.ndarray, Callab
 class _Board:
     """A figure on which panels are placed by column and row, in inches."""
 
-    def __init__(self, columns: int, rows: Sequence[float], width: float, text: str):
+    def __init__(self, columns: int, rows: Sequence[float], width: float, caption: Sequence[str]):
         from matplotlib.figure import Figure
 
         self.width, self.rows = width, rows
         total = LEFT + columns * (width + GAP) + 2 * GAP + RIGHT
-        lines = textwrap.wrap(text, int(total * 15.5))
+        lines = [line for text in caption for line in textwrap.wrap(text, int(total * 16))]
         self.height = TOP + sum(rows) + len(rows) * (TITLE + GAP) + 0.14 * len(lines) + 0.1
         self.figure = Figure(figsize=(total, self.height), dpi=DPI)
         self.figure.text(LEFT / total, 0.08 / self.height, "\n".join(lines), fontsize=7.5, color="0.3", va="bottom")
@@ -198,15 +203,15 @@ def draw(maps: FeatureMaps, title: str) -> Any:
         names.append("fused")
         fields.append(maps.fused)
     area = (0.0, 0.0, *map(float, maps.picture.size))
-    reach = tuple(f(a, b) for f, a, b in zip((min, min, max, max), area, maps.box))  # the picture and its padding
-    panel, wide = _panel_size(area), _panel_size(reach)
-    rows = [panel[1]] * 2 + ([] if maps.samples is None else [wide[1]])
-    width = max(NARROW, panel[0], 0 if maps.samples is None else wide[0])
-    board = _Board(1 + len(fields), rows, width, CAPTION + ("" if maps.samples is None else SAMPLES_CAPTION))
+    scale = min(WIDTH / area[2], HEIGHT / area[3])
+    height = max(area[3] * scale, FLAT)
+    rows = [height, height] + ([] if maps.samples is None else [WIDTH])
+    width = WIDTH if maps.samples is not None else max(NARROW, area[2] * scale)
+    board = _Board(1 + len(fields), rows, width, CAPTION + (() if maps.samples is None else SAMPLES_CAPTION))
     board.figure.text(
         LEFT / board.figure.get_size_inches()[0],
         1 - 0.12 / board.height,
-        f"{title}, {maps.picture.width} x {maps.picture.height}   |   {maps.label}",
+        f"{title}, {maps.picture.width} x {maps.picture.height}   |   {maps.label}".replace("$", r"\$"),
         fontsize=11,
         va="top",
     )
@@ -217,18 +222,11 @@ def draw(maps: FeatureMaps, title: str) -> Any:
         _difference_panel(board, maps, area)
     _norm_panels(board, maps, area, fields)
     if maps.samples is not None:
-        _sample_panels(board, maps, reach)
+        _sample_panels(board, maps)
     return board.figure
 
 
-def _panel_size(area: Tuple[float, ...]) -> Tuple[float, float]:
-    """Width and height in inches of a panel that shows an area."""
-    width, height = area[2] - area[0], area[3] - area[1]
-    scale = min(WIDTH / width, HEIGHT / height)
-    return width * scale, max(height * scale, 0.3)
-
-
-def _frame(axes: Any, area: Tuple[float, ...], title: str) -> None:
+def _frame(axes: Any, area: Sequence[float], title: str) -> None:
     axes.set(xlim=(area[0], area[2]), ylim=(area[3], area[1]), xticks=[], yticks=[], aspect="equal")
     axes.set_title(title, fontsize=9, pad=3)
 
@@ -246,26 +244,44 @@ def _show_picture(axes: Any, maps: FeatureMaps, **settings: Any) -> Any:
     return axes.imshow(picture, extent=(0, maps.picture.width, maps.picture.height, 0), **settings)
 
 
-def _show_cell(axes: Any, maps: FeatureMaps) -> None:
-    """The outline of the cell whose query samples."""
+def _outline(axes: Any, box: Sequence[float], style: Any = "-") -> None:
+    """A white rectangle, edged in black."""
+    for colour, thickness in (("black", 2.4), ("white", 1.2)):
+        axes.add_patch(_rectangle(box, fill=False, edgecolor=colour, linewidth=thickness, linestyle=style))
+
+
+def _rectangle(box: Sequence[float], **settings: Any) -> Any:
     from matplotlib.patches import Rectangle
 
+    return Rectangle((box[0], box[1]), box[2] - box[0], box[3] - box[1], **settings)
+
+
+def _cell_box(maps: FeatureMaps) -> np.ndarray:
+    """Edges of the cell whose query samples, in pixels of the picture."""
     step = (np.array(maps.box[2:]) - maps.box[:2]) / maps.layers.shape[2:0:-1]
     corner = maps.box[:2] + np.array(maps.cell[::-1]) * step
-    for colour, thickness in (("black", 2.4), ("white", 1.2)):
-        axes.add_patch(Rectangle(tuple(corner), *step, fill=False, edgecolor=colour, linewidth=thickness))
+    return np.concatenate([corner, corner + step])
+
+
+def _window(maps: FeatureMaps) -> np.ndarray:
+    """Edges of a square around that cell, with `SHOWN` of the weights in it and a margin of a cell."""
+    cell = _cell_box(maps)
+    centre = (cell[:2] + cell[2:]) / 2
+    distance = np.abs(maps.samples - centre).max(-1).ravel()
+    order = distance.argsort()
+    held = maps.weights.ravel()[order].cumsum()
+    half = distance[order][np.searchsorted(held, SHOWN * held[-1])] + (cell[2:] - cell[:2]).max()
+    return np.concatenate([centre - half, centre + half])
 
 
 def _picture_panel(axes: Any, maps: FeatureMaps, area: Tuple[float, ...]) -> None:
-    from matplotlib.patches import Rectangle
-
     _show_picture(axes, maps, alpha=0.3)
-    seen = _show_picture(axes, maps)
-    left, top, right, bottom = maps.box
-    seen.set_clip_path(Rectangle((left, top), right - left, bottom - top, transform=axes.transData))
+    _show_picture(axes, maps).set_clip_path(_rectangle(maps.box, transform=axes.transData))
     _frame(axes, area, "picture" if maps.at is None else "picture, point {:g},{:g}".format(*maps.at))
     if maps.cell is not None:
-        _show_cell(axes, maps)
+        _outline(axes, _cell_box(maps))
+    if maps.samples is not None:
+        _outline(axes, _window(maps), (0, (3, 2)))
 
 
 def _map_panel(axes: Any, maps: FeatureMaps, area: Tuple[float, ...], title: str, field: Any, **settings: Any) -> Any:
@@ -300,7 +316,7 @@ def _few_ticks() -> Any:
     return MaxNLocator(4)
 
 
-def _sample_panels(board: _Board, maps: FeatureMaps, reach: Tuple[float, ...]) -> None:
+def _sample_panels(board: _Board, maps: FeatureMaps) -> None:
     from matplotlib import colormaps
     from matplotlib.cm import ScalarMappable
     from matplotlib.colors import ListedColormap, Normalize
@@ -312,7 +328,7 @@ def _sample_panels(board: _Board, maps: FeatureMaps, reach: Tuple[float, ...]) -
         axes = board.axes(1 + level, 2)
         places, weights = maps.samples[:, level].reshape(-1, 2), maps.weights[:, level].reshape(-1)
         title = f"samples, weight {weights.sum() / heads:.0%}"
-        axes.set_facecolor("0.75")
+        axes.add_patch(_rectangle(maps.box, color="0.75", zorder=-1))
         _show_picture(axes, maps, cmap="gray", vmin=-200, vmax=255)
         axes.scatter(
             *places.T,
@@ -320,7 +336,8 @@ def _sample_panels(board: _Board, maps: FeatureMaps, reach: Tuple[float, ...]) -
             color=colouring.to_rgba(np.repeat(np.arange(heads), points)),
             edgecolors="black",
             linewidths=0.4,
+            alpha=0.85,
         )
-        _show_cell(axes, maps)
-        _frame(axes, reach, title)
+        _outline(axes, _cell_box(maps))
+        _frame(axes, _window(maps), title)
     board.bar(levels, 2, board.width + 0.08, colouring, "head", ticks=range(0, heads, max(1, heads // 8)))

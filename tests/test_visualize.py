@@ -308,7 +308,10 @@ def test_panels_share_their_scales_and_lie_over_the_picture(models):
         assert np.allclose(dots.get_offsets(), maps.samples[:, level].reshape(-1, 2))
         assert np.allclose(dots.get_sizes() / dots.get_sizes().sum(), weights / weights.sum())
         assert axes.get_title() == f"samples, weight {weights.sum() / 16:.0%}"
-        assert axes.get_ylim() == (30, -10)
+        left, right, bottom, top = (*axes.get_xlim(), *axes.get_ylim())
+        assert ((left + right) / 2, (top + bottom) / 2) == (35, 15)  # the middle of the cell
+        shown = (np.abs(maps.samples - (35, 15)) <= (right - left) / 2).all(-1)
+        assert 0.95 <= maps.weights[shown].sum() / 16 <= 1 and np.isclose(right - left, bottom - top)
     boxes = [axes.get_position() for axes in figure.axes]
     assert not any(a.overlaps(b) for i, a in enumerate(boxes) for b in boxes[:i])
 
