@@ -34,7 +34,7 @@ class Model(NamedTuple):
 
 
 class FeatureMaps(NamedTuple):
-    """What was computed for one picture; H and W are the rows and columns of the tower's grid."""
+    """What was computed for one picture; H and W are the rows and columns of the tower's grid, CLS is left out."""
 
     picture: Image.Image
     label: str  # of the model

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from llava.mm_utils import process_images
+from llava.model import LlavaLlamaForCausalLM
 from llava.model.builder import load_pretrained_model
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from PIL import Image
@@ -85,18 +86,20 @@ def change_config(source, target, **changes):
     return target
 
 
-def test_arrays_are_what_the_loaded_llava_computes(models, picture, cli, tmp_path):
+@pytest.mark.parametrize("loader", ["transformers", pytest.param("LLaVA", marks=pytest.mark.fp16_cpu)])
+def test_arrays_are_what_the_loaded_llava_computes(models, picture, cli, tmp_path, loader):
     code, out, err = cli(
         "--model-path", models / "llava-fused", "--image", picture, "--output", tmp_path / "out", "--npz"
     )
     assert (code, err) == (0, []) and out[-1] == str(tmp_path / "out" / "wide.png")
     found = np.load(tmp_path / "out" / "wide.npz")
-    _, model, processor, _ = load_pretrained_model(
-        str(models / "llava-fused"), None, "llava-fused", device_map="cpu", device="cpu"
-    )
-    model.float()
-    pixels = process_images([Image.open(picture).convert("RGB")], processor, model.config)
+    if loader == "LLaVA":
+        model = load_pretrained_model(str(models / "llava-fused"), None, "llava-fused", device="cpu")[1].float()
+    else:
+        model = LlavaLlamaForCausalLM.from_pretrained(models / "llava-fused")
+        model.get_vision_tower().load_model()
     tower = model.get_vision_tower()
+    pixels = process_images([Image.open(picture).convert("RGB")], tower.image_processor, model.config)
     states = tower.vision_tower(pixels, output_hidden_states=True).hidden_states
     layers = [states[index][:, 1:] for index in LAYERS]
     assert found["indices"].tolist() == LAYERS and found["layers"].dtype == np.float32
@@ -154,6 +157,7 @@ def test_tuned_tower_is_used_where_llava_uses_it(models, tmp_path, tuned):
     for name, value in CLIPVisionModel.from_pretrained(models / "clip").state_dict().items():
         state["model.vision_tower.vision_tower." + name] = value.clone()
     state[key] += 1
+    state["model.vision_tower.vision_tower.vision_model.embeddings.position_ids"] = torch.arange(17)  # older files' own
     save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
     bias = read_model(str(folder)).tower.vision_model.encoder.layers[0].mlp.fc1.bias
     stored = CLIPVisionModel.from_pretrained(models / "clip").vision_model.encoder.layers[0].mlp.fc1.bias
