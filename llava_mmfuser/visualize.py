@@ -332,7 +332,7 @@ def _sample_panels(board: _Board, maps: FeatureMaps) -> None:
         _show_picture(axes, maps, cmap="gray", vmin=-200, vmax=255)
         axes.scatter(
             *places.T,
-            s=14 * weights * levels * points,  # 14 square points where all weights are equal
+            s=18 * weights * levels * points,  # 18 square points where all weights are equal
             color=colouring.to_rgba(np.repeat(np.arange(heads), points)),
             edgecolors="black",
             linewidths=0.4,
