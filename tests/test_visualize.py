@@ -366,9 +366,9 @@ def test_files_folders_and_urls_become_pictures_of_their_own(models, tmp_path, c
 
 
 def test_output_names_differ():
-    assert output_names(["x/a.png", "y/a.png", "a-2.png", "http://h/%C3%A4 b.jpg?q", "https://h", "/"]) == [
+    assert output_names(["x/a.png", "y/A.png", "a-2.png", "http://h/%C3%A4 b.jpg?q", "https://h", "/"]) == [
         "a",
-        "a-2",
+        "A-2",
         "a-2-2",
         "ä_b",
         "picture",
