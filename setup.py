@@ -44,6 +44,7 @@ setup(
         "train": ["deepspeed", "peft"],
         "flash": ["flash-attn"],
         "triton": ["triton"],
+        "visualize": ["matplotlib"],
         "dev": ["pytest", "ruff", "scikit-learn", "scikit-image", "matplotlib"],
     },
     cmdclass={"build_py": BuildPyWithHook},

@@ -8,6 +8,7 @@ Where things live, from LLaVA inwards:
 * in LLaVA's place: ``vision`` (several layers of the tower), ``projector``, ``trainer``
 * the block: ``config`` (every setting), ``fuser``, ``attention``, ``ops`` (sampling), ``resettable`` (its leaf modules)
 * its rivals: ``fusion`` (the simple fusions)
+* pictures: ``visualize`` (drawing), ``feature_maps`` (what is drawn), ``pictures`` (of which files or URLs)
 * checkpoints: ``checkpoint`` (names, shapes, adapters), ``inspection``, ``convert`` (what to write), ``writing`` (how)
 * ``__main__``: the command line
 """

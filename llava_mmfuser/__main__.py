@@ -1,4 +1,4 @@
-"""Command line: ``python -m llava_mmfuser --help`` lists the commands."""
+"""Command line: ``python -m llava_mmfuser COMMAND``; ``--help`` lists the commands."""
 
 import argparse
 import dataclasses
@@ -26,6 +26,7 @@ def main() -> int:
         "--mm_vision_select_layer", dest="query", type=int, default=-2, help="the query layer. If not given: -2."
     )
     _add_checkpoint_commands(commands)
+    _add_visualize(commands)
     options = parser.parse_args()
     if options.command == "status":
         return _status()
@@ -61,6 +62,54 @@ def _add_checkpoint_commands(commands: Any) -> None:
         upgrade.add_argument(
             "--" + FLAG_PREFIX + setting.name, dest=setting.name, help=setting.metadata["help"], **kind
         )
+
+
+def _add_visualize(commands: Any) -> None:
+    text = (
+        "draw the feature maps of pictures, one PNG each: every layer's, the fused one, the difference that the fuser "
+        "makes, and where a query samples (exit code 1 if a picture could not be done)"
+    )
+    visualize = commands.add_parser("visualize", help=text.split(",")[0], description=text)
+    visualize.add_argument(
+        "--model-path",
+        required=True,
+        metavar="PATH",
+        help="folder of a checkpoint, adapter or LoRA, or name on the hub; without a fuser in it (released LLaVA, CLIP "
+        "tower) a fresh one is shown, which is the identity",
+    )
+    visualize.add_argument(
+        "--image",
+        required=True,
+        nargs="+",
+        action="extend",
+        metavar="X",
+        help="file, folder or URL; may be repeated. EXIF orientation is ignored, as in LLaVA.",
+    )
+    visualize.add_argument("--output", required=True, metavar="DIR", help="folder for the PNGs, made if it is absent")
+    visualize.add_argument(
+        "--model-base", metavar="BASE", help="where to look for weights that are not in PATH, as LLaVA's model_base"
+    )
+    visualize.add_argument(
+        "--vision-tower", metavar="PATH", help="where to read the tower. If not given: mm_vision_tower of PATH."
+    )
+    visualize.add_argument(
+        "--layers",
+        metavar="LIST",
+        help="layers of a model without a fuser, spelled as mm_fuser_layers. If not given: those that a fuser "
+        "for the model's own layer would get.",
+    )
+    visualize.add_argument(
+        "--at", metavar="X,Y", help="point in pixels of every picture, from its top left corner: show its samples"
+    )
+    visualize.add_argument(
+        "--npz",
+        action="store_true",
+        help="write the arrays, too: layers [L, H, W, C], fused and difference [H, W, C], indices [L] (hidden_states), "
+        "box [4] (left, top, right, bottom of the tower's input in pixels of the picture), real [H, W] (not padding "
+        "alone); with --at: at [2], cell [2] (row, column), samples [heads, levels, points, 2] (x, y in pixels of the "
+        "picture), weights [heads, levels, points]",
+    )
+    visualize.add_argument("--device", help="If not given: cuda where there is one, else cpu.")
 
 
 def _boolean(text: str) -> bool:
@@ -111,7 +160,36 @@ def _upgrade(options: argparse.Namespace) -> int:
     return 0
 
 
-_COMMANDS = {"layers": _layers, "inspect": _inspect, "convert": _convert, "upgrade": _upgrade}
+def _visualize(options: argparse.Namespace) -> int:
+    from .visualize import visualize
+
+    failed = False
+    for outcome in visualize(
+        options.image,
+        options.output,
+        options.at,
+        options.npz,
+        path=options.model_path,
+        base=options.model_base,
+        vision_tower=options.vision_tower,
+        layers=options.layers,
+        device=options.device,
+    ):
+        if outcome.failed:
+            _complain("visualize", outcome.text)
+        else:
+            sys.stdout.write(outcome.text + "\n")
+        failed |= outcome.failed
+    return int(failed)
+
+
+_COMMANDS = {
+    "layers": _layers,
+    "inspect": _inspect,
+    "convert": _convert,
+    "upgrade": _upgrade,
+    "visualize": _visualize,
+}
 
 
 def _reporting_errors(command: str, function: Callable[[argparse.Namespace], int], options: argparse.Namespace) -> int:
@@ -120,15 +198,19 @@ def _reporting_errors(command: str, function: Callable[[argparse.Namespace], int
     try:
         return function(options)
     except KeyboardInterrupt:
-        again = "" if command in ("layers", "inspect") else "; the same command again goes on from here"
+        again = "" if command not in ("convert", "upgrade") else "; the same command again goes on from here"
         sys.stderr.write(f"python -m llava_mmfuser {command}: interrupted{again}\n")
         return 130
     except OSError as error:
         reason = f"{error.strerror or error}" + (f": {error.filename}" if error.filename else "")
     except ValueError as error:
         reason = str(error)
-    sys.stderr.write(f"python -m llava_mmfuser {command}: error: {' '.join(reason.split())}\n")
+    _complain(command, reason)
     return 1
+
+
+def _complain(command: str, reason: str) -> None:
+    sys.stderr.write(f"python -m llava_mmfuser {command}: error: {' '.join(reason.split())}\n")
 
 
 def _run(target: str, arguments: List[str]) -> int:

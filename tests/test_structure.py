@@ -14,7 +14,9 @@ LEVELS = {
     "__init__": 9,
     "__main__": 8,
     "llava_patch": 7,
+    "visualize": 7,
     "trainer": 6,
+    "feature_maps": 6,
     "projector": 5,
     "convert": 7,
     "writing": 6,
@@ -27,6 +29,7 @@ LEVELS = {
     "ops": 1,
     "resettable": 0,
     "config": 0,
+    "pictures": 0,
     "activation": 0,
     "patching": 0,
 }

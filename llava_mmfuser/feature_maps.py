@@ -1,0 +1,345 @@
+"""The feature maps of one picture as a LLaVA's fuser gets them, what it makes of them, and where a query samples.
+
+Needs the vision tower and the fuser only; the language model is never built.
+"""
+
+import os
+from typing import Any, Dict, List, Mapping, NamedTuple, Optional, Sequence, Tuple
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import nn
+
+from .checkpoint import MARK, differences, is_authors_config, read_config, rename_published
+from .config import (
+    CLIP_TYPES,
+    FUSIONS_WITHOUT_WEIGHTS,
+    LAYER_SETS,
+    PROJECTOR_TYPE,
+    MMFuserConfig,
+    layers_setting,
+    parse_layers,
+    parse_listed_layers,
+)
+from .fusion import ChannelConcat, build_fusion
+from .inspection import read_checkpoint, read_tensor, settings_of, tower_config
+from .vision import capture_layers
+
+_TOWER_MARK = "vision_tower.vision_tower."
+Box = Tuple[float, float, float, float]
+
+
+class Model(NamedTuple):
+    """A vision tower and a fuser, `MMFuser` or another module of `fusion`."""
+
+    label: str
+    tower: Any  # transformers' CLIPVisionModel
+    processor: Any  # its CLIPImageProcessor
+    fuser: nn.Module
+    settings: MMFuserConfig  # with explicit layers
+    aspect_ratio: Optional[str]  # LLaVA's image_aspect_ratio
+    notes: List[str]  # what the user should know, one line each
+
+
+class FeatureMaps(NamedTuple):
+    """What was computed for one picture; H and W are the rows and columns of the tower's grid, CLS is left out."""
+
+    picture: Image.Image
+    label: str  # of the model
+    indices: Tuple[int, ...]  # of hidden_states, the query last
+    box: Box  # left, top, right, bottom of the tower's input, in pixels of the picture; outside of it lies padding
+    layers: np.ndarray  # [L, H, W, C]
+    fused: Optional[np.ndarray]  # [H, W, C]; None where the fuser returns no map like the query's
+    at: Optional[Tuple[float, float]] = None  # the chosen point, in pixels of the picture
+    cell: Optional[Tuple[int, int]] = None  # row and column of the query at that point
+    samples: Optional[np.ndarray] = None  # [heads, levels, points, 2], x and y in pixels of the picture
+    weights: Optional[np.ndarray] = None  # [heads, levels, points]; those of a head sum to 1
+
+    @property
+    def difference(self) -> Optional[np.ndarray]:
+        """fused - query [H, W, C], or None."""
+        return None if self.fused is None else self.fused - self.layers[-1]
+
+    @property
+    def real(self) -> np.ndarray:
+        """Which cells touch the picture, so are not padding alone: bool [H, W]."""
+        left, top, right, bottom = self.box
+        height, width = self.layers.shape[1:3]
+        x, y = np.linspace(left, right, width + 1), np.linspace(top, bottom, height + 1)
+        columns = (x[1:] > 1e-6) & (x[:-1] < self.picture.width - 1e-6)
+        rows = (y[1:] > 1e-6) & (y[:-1] < self.picture.height - 1e-6)
+        return rows[:, None] & columns
+
+    def arrays(self) -> Dict[str, np.ndarray]:
+        """For ``--npz``: every field but picture and label under its name, and ``difference`` and ``real``."""
+        found = {name: getattr(self, name) for name in self._fields if name not in ("picture", "label")}
+        found.update(difference=self.difference, real=self.real)
+        return {name: np.asarray(value) for name, value in found.items() if value is not None}
+
+
+def read_model(
+    path: str,
+    base: Optional[str] = None,
+    vision_tower: Optional[str] = None,
+    layers: Optional[str] = None,
+    device: Optional[str] = None,
+) -> Model:
+    """Read a vision tower and, where there is one, a fuser; else a fresh fuser, which is the identity.
+
+    Args:
+        path: checkpoint, adapter or LoRA folder of any format, released LLaVA, or CLIP tower; or its name on the hub.
+        base: where to look for weights that are not in `path`, as those of a projector that LoRA left frozen.
+        vision_tower: the tower, if not ``mm_vision_tower`` of config.json.
+        layers: for a model without a fuser, see `parse_layers`; None takes ``mm_vision_select_layer``, else -2.
+        device: of the computation, which is in float32; None takes cuda where there is one, else cpu.
+
+    Raises:
+        ValueError: something cannot be found or read, is not supported, or does not belong together.
+    """
+    place = _device(device)
+    config = _read_config(path)
+    bare = config.get("model_type") in CLIP_TYPES
+    name = vision_tower or (path if bare else config.get("mm_vision_tower"))
+    if not isinstance(name, str):
+        raise ValueError("config.json has no mm_vision_tower; give --vision-tower PATH")
+    settings = _settings(path, config, layers)
+    try:
+        tower_settings = tower_config(name)
+    except ValueError as error:
+        raise ValueError(f"{error}; name a folder that has it by --vision-tower PATH") from error
+    settings = settings.resolve(tower_settings, "--layers" if layers is not None else layers_setting(config))
+    label, folders, notes = os.path.basename(os.path.abspath(path)), [path] + [base] * bool(base), []
+
+    fuser = build_fusion(settings, tower_settings.hidden_size, config.get("hidden_size", tower_settings.hidden_size))
+    weights, source = _stored(folders, MARK, "fuser.") if _has_fuser(config) else ({}, "")
+    if weights:
+        _load(fuser, weights, source)
+        notes.append(f"fuser: {len(weights)} tensors from {source}")
+        if isinstance(fuser, ChannelConcat):
+            notes.append(f"fuser: {settings.fusion} acts in the projector's first layer; the map is the query's")
+    elif settings.fusion in FUSIONS_WITHOUT_WEIGHTS:
+        notes.append(f"fuser: {settings.fusion}, which has no weights")
+    else:
+        notes.append(f"fuser: no weights in {' or '.join(folders)}; a fresh one is shown, which is the identity")
+        label += ", fresh fuser"
+
+    tower, processor = _read_tower(name)
+    if config.get("unfreeze_mm_vision_tower"):
+        weights, source = _stored(folders, _TOWER_MARK)
+        if weights:
+            _load(tower, {key: value for key, value in weights.items() if not key.endswith("position_ids")}, source)
+        notes.append(
+            f"vision tower: {len(weights)} tuned tensors from {source}" if weights else f"vision tower: {name}"
+        )
+    aspect_ratio = "pad" if bare else config.get("image_aspect_ratio")
+    if aspect_ratio == "anyres":
+        notes.append("image_aspect_ratio=anyres: the overview of the whole picture is shown, not its tiles")
+    return Model(label, tower.to(place), processor, fuser.to(place).eval(), settings, aspect_ratio, notes)
+
+
+@torch.no_grad()
+def feature_maps(model: Model, picture: Image.Image, at: Optional[Tuple[float, float]] = None) -> FeatureMaps:
+    """Compute all maps of one RGB picture, and the samples of the query at a point of it.
+
+    Args:
+        model: see `read_model`.
+        picture: in RGB.
+        at: x and y in pixels of the picture, from its top left corner.
+
+    Raises:
+        ValueError: a point outside the picture, or outside the part of it that the tower sees.
+    """
+    if at is not None and not (0 <= at[0] < picture.width and 0 <= at[1] < picture.height):
+        raise ValueError(
+            f"--at {at[0]:g},{at[1]:g} lies outside the picture of {picture.width} x {picture.height} pixels"
+        )
+    pixels, box = preprocess(picture, model.processor, model.aspect_ratio)
+    size = model.tower.config.image_size
+    if tuple(pixels.shape[2:]) != (size, size):
+        raise ValueError(f"the tower's processor makes {tuple(pixels.shape[2:])} pixels, but the tower takes {size}")
+    side = size // model.tower.config.patch_size
+    cell = None if at is None else _cell(at, box, side)
+    indices = model.settings.layers
+    flat = capture_layers(model.tower, pixels.to(model.tower.device), indices, "patch", torch.float32)  # [1, N, L*C]
+    layers = flat.unflatten(-1, (len(indices), -1)).unbind(-2)
+    fused, offsets, logits = _fuse(model.fuser, layers)
+    maps = FeatureMaps(
+        picture,
+        model.label,
+        indices,
+        box,
+        torch.cat(layers).unflatten(1, (side, side)).cpu().numpy(),
+        fused.reshape(side, side, -1).cpu().numpy() if fused.shape == layers[-1].shape else None,
+        at,
+        cell,
+    )
+    if cell is None or offsets is None:
+        return maps
+    row, column = cell
+    shape = (model.settings.num_heads, len(indices) - 1, model.settings.num_points)
+    weights = logits[0, row * side + column].view(shape[0], -1).softmax(-1).view(shape)
+    offsets = offsets[0, row * side + column].view(*shape, 2).cpu().numpy()  # in cells, from the centre of the query's
+    corner, extent = np.array(box[:2]), np.array(box[2:]) - np.array(box[:2])
+    samples = corner + (np.array([column, row]) + 0.5 + offsets) / side * extent
+    return maps._replace(samples=samples.astype(np.float32), weights=weights.cpu().numpy())
+
+
+def preprocess(picture: Image.Image, processor: Any, aspect_ratio: Optional[str]) -> Tuple[torch.Tensor, Box]:
+    """A picture as LLaVA hands it to its tower.
+
+    Args:
+        picture: in RGB.
+        processor: the tower's `CLIPImageProcessor`.
+        aspect_ratio: ``pad`` makes the picture square with bars of the mean colour; ``anyres`` squeezes it, which gives
+            the overview that LLaVA-1.6 puts before the tiles; with anything else the processor crops the middle.
+
+    Returns:
+        [1, 3, size, size], and the edges of that in pixels of the picture: left, top, right, bottom.
+    """
+    width, height = picture.size
+    box = np.array([0.0, 0.0, width, height])
+    if aspect_ratio == "pad" and width != height:
+        side = max(width, height)
+        x, y = (side - width) // 2, (side - height) // 2
+        padded = Image.new("RGB", (side, side), tuple(int(mean * 255) for mean in processor.image_mean))
+        padded.paste(picture, (x, y))
+        picture, box = padded, np.array([-x, -y, side - x, side - y], dtype=float)
+    elif aspect_ratio == "anyres":
+        side = processor.size["shortest_edge"]
+        picture = picture.resize((side, side))
+    pixels = processor.preprocess(picture, return_tensors="pt").pixel_values
+    whole = processor.preprocess(picture, return_tensors="pt", do_center_crop=False).pixel_values
+    after, before = np.array(pixels.shape[:1:-1]), np.array(whole.shape[:1:-1])  # width and height, cropped and not
+    # A picture that is smaller than the crop gets a border instead.
+    start = np.where(before >= after, (before - after) // 2, -((after - before) // 2))
+    scale = (box[2:] - box[:2]) / before
+    return pixels, (*(box[:2] + start * scale), *(box[:2] + (start + after) * scale))
+
+
+def _cell(at: Tuple[float, float], box: Box, side: int) -> Tuple[int, int]:
+    """Row and column of the cell at a point."""
+    column = int(np.floor((at[0] - box[0]) / (box[2] - box[0]) * side))
+    row = int(np.floor((at[1] - box[1]) / (box[3] - box[1]) * side))
+    if not (0 <= row < side and 0 <= column < side):
+        left, top, right, bottom = (round(float(edge), 1) for edge in box)
+        raise ValueError(
+            f"--at {at[0]:g},{at[1]:g} is cut off before the tower sees it; "
+            f"choose x from {left:g} to {right:g} and y from {top:g} to {bottom:g}"
+        )
+    return row, column
+
+
+def _fuse(
+    fuser: nn.Module, layers: Sequence[torch.Tensor]
+) -> Tuple[torch.Tensor, Optional[torch.Tensor], Optional[torch.Tensor]]:
+    """What the fuser returns, and the offsets and logits that its cross-attention computed; None for another kind."""
+    seen: Dict[str, torch.Tensor] = {}
+    attention, hooks = getattr(fuser, "cross_attn", None), []
+    for name in ("sampling_offsets", "attention_weights"):
+        module = getattr(attention, name, None)
+        if isinstance(module, nn.Module):
+            hooks.append(module.register_forward_hook(lambda _, args, out, name=name: seen.__setitem__(name, out)))
+    try:
+        fused = fuser(layers)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return fused, seen.get("sampling_offsets"), seen.get("attention_weights")
+
+
+def _read_config(path: str) -> Mapping[str, Any]:
+    config = read_config(_folder(path, "config.json"))
+    if not isinstance(config, dict):
+        raise ValueError(f"{path} has no config.json with settings; name a folder of a LLaVA or of a CLIP tower")
+    if config.get("model_type") not in CLIP_TYPES and not {"mm_vision_tower", "mm_projector_type"} & set(config):
+        raise ValueError(
+            f"{path} has model_type={config.get('model_type')!r} and neither mm_vision_tower nor mm_projector_type in "
+            f"its config.json; name a LLaVA in its original format, or a CLIP tower"
+        )
+    if config.get("s2"):
+        raise ValueError(f"s2={config['s2']!r} in config.json is not supported together with a fuser")
+    return config
+
+
+def _device(name: Optional[str]) -> torch.device:
+    try:
+        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:  # PyTorch has no common type for this
+        raise ValueError(f"--device {name} cannot be used here: {str(error).splitlines()[0]}") from error
+    return device
+
+
+def _has_fuser(config: Mapping[str, Any]) -> bool:
+    return config.get("mm_projector_type") == PROJECTOR_TYPE or is_authors_config(config)
+
+
+def _settings(path: str, config: Mapping[str, Any], layers: Optional[str]) -> MMFuserConfig:
+    if not _has_fuser(config):
+        query = config.get("mm_vision_select_layer", -2)
+        if layers in LAYER_SETS:
+            return MMFuserConfig(layers=parse_listed_layers(layers, query))
+        return MMFuserConfig(layers=query if layers is None else parse_layers(layers, "--layers"))
+    if layers is not None:
+        raise ValueError(f"--layers={layers}, but {path} has a fuser, which knows its layers; drop the flag")
+    return settings_of(config)
+
+
+def _folder(path: str, *patterns: str) -> str:
+    """A folder as it is; of a name on the hub the folder in the cache, after a download where files are missing."""
+    if os.path.isdir(path):
+        return path
+    if os.path.exists(path):
+        raise ValueError(f"{path} is a file; name the folder that has it and a config.json")
+    from huggingface_hub import snapshot_download
+
+    try:
+        return snapshot_download(path, allow_patterns=patterns)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"{path} is neither a folder on this machine nor a model that can be downloaded: {error}"
+        ) from error
+
+
+def _stored(folders: Sequence[str], mark: str, prefix: str = "") -> Tuple[Dict[str, torch.Tensor], str]:
+    """Tensors of the first folder that has any whose name behind `mark` starts with `prefix`, and that folder.
+
+    Names are ours, without `mark` and `prefix`; of a whole model only its own files count, as in LLaVA's loading.
+    """
+    for folder in (_folder(folder, "*.json", "*.safetensors", "*.bin") for folder in folders):
+        checkpoint = read_checkpoint(folder)
+        weights = [weight for file in checkpoint.shards or checkpoint.adapters for weight in checkpoint.weights[file]]
+        found = {weight.name.split(mark, 1)[1]: weight for weight in weights if mark in weight.name}
+        rename_published(found)
+        found = {name[len(prefix) :]: weight for name, weight in found.items() if name.startswith(prefix)}
+        if found:
+            return {name: read_tensor(folder, weight).float() for name, weight in found.items()}, folder
+    return {}, ""
+
+
+def _load(module: nn.Module, weights: Mapping[str, torch.Tensor], source: str) -> None:
+    expected = {name: tuple(value.shape) for name, value in module.named_parameters()}
+    problems = differences({name: tuple(value.shape) for name, value in weights.items()}, expected)
+    if problems:
+        raise ValueError(f"{source}: weights do not fit its config.json: {problems}")
+    module.load_state_dict(weights, strict=False)  # all parameters are there; buffers are not stored
+
+
+def _read_tower(name: str) -> Tuple[Any, Any]:
+    """The `CLIPVisionModel` and the `CLIPImageProcessor` of a tower."""
+    from transformers import CLIPImageProcessor, CLIPVisionModel
+    from transformers.utils import logging
+
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()  # else it lists every weight of a whole CLIP that is of the text model
+    try:
+        tower, info = CLIPVisionModel.from_pretrained(name, output_loading_info=True)
+        processor = CLIPImageProcessor.from_pretrained(name)
+    except (OSError, RuntimeError) as error:
+        raise ValueError(f"the vision tower {name!r} cannot be read: {error}") from error
+    finally:
+        logging.set_verbosity(verbosity)
+    if info["missing_keys"]:
+        raise ValueError(f"the vision tower {name!r} lacks weights: {', '.join(info['missing_keys'][:3])} …")
+    return tower.float().eval(), processor
