@@ -250,7 +250,7 @@ class MMFuserConfig:
     @property
     def without_effect(self) -> Tuple[str, ...]:
         """Fields that mean nothing under this fusion and attention kind."""
-        of_kinds = {kind: names for kind, names in ATTENTION_KINDS.items()}
+        of_kinds = dict(ATTENTION_KINDS)
         if self.fusion == "mmfuser":
             del of_kinds[self.attention]
         unused = tuple(name for names in of_kinds.values() for name in names)
