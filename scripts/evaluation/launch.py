@@ -36,15 +36,16 @@ def infer(arguments: List[str], job: Dict) -> None:
             f"expected {job['questions']}. Adapt the suite's row in suites.py"
         )
     target = Path(target)
-    count, index = (int(option(arguments, name) or 0) for name in ("--num-chunks", "--chunk-idx"))
-    ids = chunk(job["ids"], count, index) if count > 1 else job["ids"]
+    count, index = int(option(arguments, "--num-chunks") or 1), int(option(arguments, "--chunk-idx") or 0)
+    ids = chunk(job["ids"], count, index)
     changed = float("inf") if job["force"] else job["changed"]
     problem = why_not(target, ids, changed)
     if not problem:
         print(f"reusing {target}: {len(ids)} answers", flush=True)
         return
     whole = Path(job["answers"])
-    if count > 1 and not why_not(whole, job["ids"], changed):  # the chunk files of another number of GPUs
+    if whole.resolve() != target.resolve() and not why_not(whole, job["ids"], changed):
+        # Finished with another number of GPUs, whose chunk files have other names.
         print(f"reusing {whole} for chunk {index} of {count}", flush=True)
         target.write_text("".join(chunk(whole.read_text().splitlines(keepends=True), count, index)))
         return

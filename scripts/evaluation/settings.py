@@ -42,7 +42,7 @@ def resolve(options: argparse.Namespace) -> Settings:
     loaded = "_".join(parts[-2:]) if parts[-1].startswith("checkpoint-") else parts[-1]
     if "llava" not in loaded.lower():
         raise ValueError(
-            f"CKPT is {checkpoint}: its name lacks 'llava', so LLaVA would load a plain language model; rename the folder"
+            f"CKPT is {checkpoint}: its name lacks 'llava', so LLaVA would load a plain language model; rename it"
         )
     if options.base and "lora" not in loaded.lower() and (Path(checkpoint) / "adapter_config.json").is_file():
         raise ValueError(f"CKPT is {checkpoint}, a LoRA: LLaVA wants 'lora' in its name; rename the folder")
