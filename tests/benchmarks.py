@@ -1,10 +1,9 @@
-"""Each benchmark's data in miniature, in its real file format, with answers and the scores that they deserve by hand."""
+"""Each benchmark's data in miniature, in its real file format, with answers and their scores worked out by hand."""
 
 import base64
 import csv
 import io
 import json
-from pathlib import Path
 
 from PIL import Image
 
@@ -77,7 +76,7 @@ def answered(file, questions, texts):
 
 def short_answer(data, suite, question_file, images, questions, answers_file=None, texts=()):
     """A question file of {question_id, image, text, category} with its pictures, and answers to it."""
-    rows = [{"question_id": key, "image": image, "text": text, "category": kind} for key, image, text, kind in questions]
+    rows = [dict(zip(("question_id", "image", "text", "category"), question)) for question in questions]
     lines(data / suite / question_file, rows)
     for row in rows:
         picture(data / suite / images / row["image"])
@@ -166,12 +165,12 @@ def pope(data, name):
 
 def mme(data, name):
     questions = [
-        (f"existence/{index}.jpg", f"existence/{index}.jpg", f"Is there a {thing}? Please answer yes or no.{SHORT}", "e")
+        (f"existence/{index}.jpg", f"existence/{index}.jpg", f"Is it a {thing}? Please answer yes or no.{SHORT}", "e")
         for index in (1, 2)
         for thing in ("dog", "cat")
     ]
-    folder = "MME_Benchmark_release_version"
-    short_answer(data, "MME", "llava_mme.jsonl", folder, questions, f"answers/{name}.jsonl", ["Yes", "No", "yes", "Dog"])
+    images, texts = "MME_Benchmark_release_version", ["Yes", "No", "yes", "Dog"]
+    short_answer(data, "MME", "llava_mme.jsonl", images, questions, f"answers/{name}.jsonl", texts)
     write(data / "MME/convert_answer_to_mme.py", MME_CONVERT)
     write(data / "MME/eval_tool/calculation.py", MME_CALCULATION)
     return "scored", 75.0 + 50.0, 1
@@ -216,7 +215,8 @@ def seed(data, name):
 
 def llavabench(data, name):
     folder = data / "llava-bench-in-the-wild"
-    questions = [(index, "001.jpg", f"Describe {index}.", kind) for index, kind in ((0, "conv"), (1, "detail"), (2, "conv"))]
+    kinds = ("conv", "detail", "conv")
+    questions = [(index, "001.jpg", f"Describe {index}.", kind) for index, kind in enumerate(kinds)]
     suite, answers = "llava-bench-in-the-wild", f"answers/{name}.jsonl"
     short_answer(data, suite, "questions.jsonl", "images", questions, answers, ["good", "bad", "odd"])
     lines(folder / "context.jsonl", [{"id": "001", "image": "001.jpg", "caption": "A road."}])
@@ -274,8 +274,8 @@ def refcoco(data, parts=1):
         buffer = io.BytesIO()
         Image.new("RGB", size, "gray").save(buffer, format="PNG")
         pixels.append(buffer.getvalue())
-    splits = [("RefCOCO", split) for split in ("val", "testA", "testB")]
-    splits += [("RefCOCOplus", split) for split in ("val", "testA", "testB")] + [("RefCOCOg", "val"), ("RefCOCOg", "test")]
+    splits = [(source, split) for source in ("RefCOCO", "RefCOCOplus") for split in ("val", "testA", "testB")]
+    splits += [("RefCOCOg", "val"), ("RefCOCOg", "test")]
     for source, split in splits:
         folder = data / "refcoco" / source / "data"
         folder.mkdir(parents=True, exist_ok=True)
@@ -293,7 +293,3 @@ def refcoco(data, parts=1):
             file = folder / f"{split}-{part:05d}-of-{parts:05d}.parquet"
             pyarrow.parquet.write_table(table, file, row_group_size=1)
     return [f"{source} {split}" for source, split in splits]
-
-
-def pixels_of(path: Path):
-    return Image.open(path).size

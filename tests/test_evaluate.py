@@ -57,8 +57,9 @@ def modules(tmp_path_factory):
     """A folder for PYTHONPATH: an old openai with a canned judge."""
     folder = tmp_path_factory.mktemp("modules")
     (folder / "openai.py").write_text(JUDGE)
-    (folder / "openai-0.28.0.dist-info").mkdir()
-    (folder / "openai-0.28.0.dist-info" / "METADATA").write_text("Metadata-Version: 2.1\nName: openai\nVersion: 0.28.0\n")
+    about = folder / "openai-0.28.0.dist-info"
+    about.mkdir()
+    (about / "METADATA").write_text("Metadata-Version: 2.1\nName: openai\nVersion: 0.28.0\n")
     return folder
 
 
@@ -303,7 +304,7 @@ DRIFT = {
     "other questions": ("llava_test.jsonl", "llava_train.jsonl", "it answers --question-file ./playground"),
     "other answers": ("vizwiz/answers/", "vizwiz/replies/", "it ended without error, but"),
     "no upload file": ("_for_submission.py", "_for_nothing.py", "convert_vizwiz_for_nothing.py"),
-    "no inference": ("llava.eval.model_vqa_loader", "llava.eval.run_llava", "run_llava"),
+    "no inference": ("llava.eval.model_vqa_loader", "json.tool", "-m json.tool"),
 }
 
 
@@ -333,22 +334,22 @@ def test_without_a_checkout_llavas_suites_are_missing_and_say_so(tmp_path, check
 
 
 @pytest.fixture(scope="module")
-def answered(world, checkout, modules, tmp_path_factory):
+def answered(world, checkout, tmp_path_factory):
     """A trained checkpoint's run over suites of every kind of entry point: (data, output)."""
     folder = tmp_path_factory.mktemp("answered")
     host.train(world, folder / NAME, "finetune", max_steps=1)
+    settings = json.loads((folder / NAME / "generation_config.json").read_text())
+    settings["eos_token_id"] = list(range(json.loads((folder / NAME / "config.json").read_text())["vocab_size"]))
+    (folder / NAME / "generation_config.json").write_text(json.dumps(settings))  # each answer is one token long
     (folder / "sitecustomize.py").write_text(STAY_ON_CPU)
     data = folder / "data"
     for make in (benchmarks.gqa, benchmarks.sqa, benchmarks.mmbench, benchmarks.mmvet, benchmarks.ocrbench):
         make(data, "nobody")
     benchmarks.refcoco(data)
+    arguments = (folder / NAME, "--data", data, "--llava", checkout)
+    evaluate(*arguments, "rec", CUDA_VISIBLE_DEVICES="0,1", PYTHONPATH=str(folder))
     suites = ("gqa", "sqa", "mmbench", "mmvet", "ocrbench", "rec")
-    output = evaluate(
-        *(folder / NAME, *suites, "--data", data, "--llava", checkout),
-        CUDA_VISIBLE_DEVICES="0,1",
-        PYTHONPATH=str(folder),
-    )
-    return data, output
+    return data, evaluate(*arguments, *suites, PYTHONPATH=str(folder))
 
 
 @pytest.mark.fp16_cpu
