@@ -201,16 +201,17 @@ def seed(data, name):
     questions = [
         (101, "SEED-Bench-image/a", "Which?", "c"),
         (102, "SEED-Bench-image/b", "Which?", "c"),
+        ("v8", "SEED-Bench-video-image/8.png", "Which?", "c"),
         ("v9", "SEED-Bench-video-image/9.png", "Which?", "c"),
     ]
     rows = [
         {"question_id": str(key), "question_type_id": kind, "data_type": media, "answer": "A"}
-        for (key, *_), kind, media in zip(questions, (1, 1, 2), ("image", "image", "video"))
+        for (key, *_), kind, media in zip(questions, (1, 1, 2, 2), ("image", "image", "video", "video"))
     ]
     write(data / "seed_bench/SEED-Bench.json", {"questions": rows, "question_type": {"Scene": 1, "Action": 2}})
     answers = f"answers/{name}/merge.jsonl"
-    short_answer(data, "seed_bench", "llava-seed-bench.jsonl", ".", questions, answers, ["A", "A.", "B"])
-    return "scored", 33.33, 1
+    short_answer(data, "seed_bench", "llava-seed-bench.jsonl", ".", questions, answers, ["A", "A.", "A", "B"])
+    return "scored", 50.0, 1
 
 
 def llavabench(data, name):
