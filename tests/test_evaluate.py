@@ -125,10 +125,10 @@ def test_llavas_twelve_suites_are_scored_as_by_hand_from_finished_answers(tmp_pa
 
 def test_table_shows_the_papers_13b_row_and_where_it_falls(tmp_path, checkout, checkpoint):
     data = tmp_path / "data"
-    benchmarks.textvqa(data, NAME)
     benchmarks.ocrbench(data, NAME)
-    output = evaluate(checkpoint, "textvqa", "ocrbench", "--size", "13b", "--data", data, "--llava", checkout)
-    assert row(output, "TextVQA") == ["53.3", "61.3", "59.9 (falls)"]
+    asked = ("textvqa", "ocrbench", "--size", "13b")
+    output = evaluate(checkpoint, *asked, "--data", data, "--llava", checkout, code=1)
+    assert row(output, "TextVQA") == ["missing", "61.3", "59.9 (falls)"]
     assert row(output, "OCRBench") == ["3", "331", "343"]
     assert output.count("not measured here") == 1
     assert (data / "results" / NAME / "results.txt").read_text().strip() in output
@@ -173,6 +173,29 @@ def test_missing_and_half_data_say_which_file_and_other_suites_run(tmp_path, che
     assert {key: result["status"] for key, result in results(data).items()}["pope"] == "scored"
 
 
+def test_broken_data_names_the_file_and_other_suites_run(tmp_path, checkout, checkpoint):
+    data = tmp_path / "data"
+    for make in (benchmarks.pope, benchmarks.gqa, benchmarks.sqa, benchmarks.mmvet, benchmarks.ocrbench):
+        make(data, NAME)
+    benchmarks.refcoco(data)
+    broken = {
+        "gqa": data / "gqa/llava_gqa_testdev_balanced.jsonl",
+        "sqa": data / "scienceqa/llava_test_CQM-A.json",
+        "ocrbench": data / "OCRBench/OCRBench.json",
+        "rec": data / "refcoco/RefCOCO/data/val-00000-of-00001.parquet",
+    }
+    for file in broken.values():
+        file.write_bytes(file.read_bytes()[:-20])
+    questions = data / "mm-vet/llava-mm-vet.jsonl"
+    questions.write_text(questions.read_text().replace("question_id", "id"))
+    output = evaluate(checkpoint, "mmvet", *broken, "pope", "--data", data, "--llava", checkout, code=1)
+    found = results(data)
+    for suite, file in broken.items():
+        assert found[suite]["status"] == "failed" and str(file) in found[suite]["notes"][0], found[suite]
+    assert "MM-Vet: no 'question_id' in some record" in output
+    assert row(output, "POPE")[0] == "66.7"
+
+
 def test_list_names_every_suite_and_its_files(tmp_path):
     output = evaluate("--list", "--data", tmp_path)
     for suite in [make.__name__ for make in benchmarks.LLAVA] + ["ocrbench", "regioncap", "rec"]:
@@ -187,6 +210,7 @@ def test_list_names_every_suite_and_its_files(tmp_path):
         (["no-such/folder/llava"], "CKPT is no-such/folder/llava: neither a folder nor a name on the hub"),
         (["{checkpoint}", "gqs"], "unknown suite gqs; there are vqav2, gqa"),
         (["lmsys/vicuna-7b-v1.5"], "its name lacks 'llava'"),
+        (["{checkpoint}", "--name", "a/b"], "--name is a/b: letters, digits"),
         (["{checkpoint}", "--data", "{tmp}/absent"], "no such folder; make it"),
         (["{checkpoint}", "--llava", "{tmp}"], "it has no llava/eval; give the folder of a LLaVA checkout"),
     ],

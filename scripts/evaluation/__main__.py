@@ -64,7 +64,7 @@ def main(argv: List[str]) -> int:
 
     results = []
     for key in options.suites or SUITES:
-        print(f"== {key}", flush=True)
+        print(f"== {key} (log: {settings.output / key}.log)", flush=True)
         results.append(evaluate(key, settings, scale))
         write(settings.output / f"{key}.json", json.dumps(results[-1], indent=1))
         print("\n".join(f"   {note}" for note in [results[-1]["status"], *results[-1]["notes"]]), flush=True)
@@ -94,8 +94,9 @@ def evaluate(key: str, settings: Settings, scale) -> Dict:
             _llava_suite(suite, key, settings, log, result)
         else:
             _own_suite(suite, key, settings, log, result, scale)
-    except ValueError as problem:
-        return dict(result, status="failed", notes=[*result["notes"], f"{problem} (log: {log})"])
+    except (ValueError, KeyError, OSError) as problem:  # failed commands, and data or answers that are not as expected
+        reason = f"no {problem} in some record" if isinstance(problem, KeyError) else problem
+        return dict(result, status="failed", notes=[*result["notes"], f"{reason} (log: {log})"])
     result["notes"] += [f"{count} × {kind}" for kind, count in result["unparsed"].items() if count]
     return result
 
@@ -145,12 +146,16 @@ def listing(data: Path) -> str:
     lines = []
     for key, suite in SUITES.items():
         if isinstance(suite, LlavaSuite):
-            scored = f"scored by {suite.script}" if suite.score else f"scored by {suite.server}"
+            scored = f"scored by {suite.script}" if suite.score else f"upload to {suite.server}"
         else:
             scored = "scored here"
         lines.append(f"{key} ({suite.title}): {scored}")
         lines += [f"    {path}: {where}" for path, where in needs(suite, data)]
         lines += [f"    Python library {name}" for name in suite.modules]
+        if isinstance(suite, LlavaSuite):
+            lines += [f"    environment variable {name}" for name in suite.variables]
+        else:
+            lines += [f"    program {name}" for name in suite.programs]
     return "\n".join(lines)
 
 

@@ -2,7 +2,6 @@
 
 import importlib.metadata
 import importlib.util
-import json
 import os
 import shutil
 from pathlib import Path
@@ -53,9 +52,7 @@ def _missing_pictures(suite: Suite, data: Path) -> List[str]:
     elif suite.images is None:
         return []
     else:
-        file = data / suite.questions
-        rows = json.loads(file.read_text(encoding="utf-8")) if file.suffix == ".json" else read(file)
-        wanted = [data / suite.images / row["image"] for row in rows if "image" in row]
+        wanted = [data / suite.images / row["image"] for row in read(data / suite.questions) if "image" in row]
         where = dict(suite.needs).get(suite.images) or " and ".join(dict.fromkeys(dict(suite.needs).values()))
     wanted = list(dict.fromkeys(wanted))
     absent = [path for path in wanted if not os.path.exists(path)]

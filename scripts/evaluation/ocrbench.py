@@ -5,12 +5,12 @@ answers, type}, or the same records one a line (OCRBench.jsonl, as in the MMFuse
 folder OCRBench_Images/.
 """
 
-import json
 from collections import Counter
 from pathlib import Path
 from typing import Dict, List
 
 from PIL import Image
+from progress import read
 
 MAX_NEW_TOKENS = 128
 
@@ -23,9 +23,6 @@ def files(folder: Path) -> List[Path]:
 
 def questions(folder: Path) -> List[Dict]:
     """The records in the file's order. `id` repeats between its data sets, so the position is the question_id."""
-    file = files(folder)[0]
-    text = file.read_text(encoding="utf-8")
-    records = json.loads(text) if file.suffix == ".json" else [json.loads(line) for line in text.splitlines() if line]
     return [
         {
             "question_id": index,
@@ -33,7 +30,7 @@ def questions(folder: Path) -> List[Dict]:
             "metadata": {key: record[key] for key in ("dataset_name", "type", "answers")},
             "image": str(folder / "OCRBench_Images" / record["image_path"]),
         }
-        for index, record in enumerate(records)
+        for index, record in enumerate(read(files(folder)[0]))
     ]
 
 

@@ -23,12 +23,17 @@ def question_ids(file: Path) -> List[str]:
         with open(file, newline="", encoding="utf-8") as lines:
             return [row["index"] for row in csv.DictReader(lines, delimiter="\t")]
     if file.suffix == ".json":
-        return [str(row["id"]) for row in json.loads(file.read_text(encoding="utf-8"))]
+        return [str(row["id"]) for row in read(file)]
     return [str(row["question_id"]) for row in read(file)]
 
 
 def read(file: Path) -> List[Dict]:
-    """The records of a .jsonl file. Raises ValueError, naming file and line, where a line is not JSON."""
+    """The records of a .jsonl or .json file. Raises ValueError, naming file and line, where it is not JSON."""
+    if file.suffix == ".json":
+        try:
+            return json.loads(file.read_text(encoding="utf-8"))
+        except ValueError as problem:
+            raise ValueError(f"{file} is not JSON ({problem}); is the file complete?") from None
     records = []
     with open(file, encoding="utf-8") as lines:
         for number, line in enumerate(lines, 1):

@@ -55,7 +55,10 @@ def _objects(folder: Path) -> List[Dict]:
 
     rows = []
     for file in files(folder):
-        source = pyarrow.parquet.ParquetFile(file)
+        try:
+            source = pyarrow.parquet.ParquetFile(file)
+        except pyarrow.ArrowInvalid as problem:
+            raise ValueError(f"{file} is not a parquet file ({problem}); is it complete?") from None
         split = f"{file.parent.parent.name} {file.name.split('-')[0]}"
         for group in range(source.num_row_groups):
             table = source.read_row_group(group, columns=["question_id", "answer", "bbox"]).to_pylist()

@@ -44,6 +44,9 @@ def resolve(options: argparse.Namespace) -> Settings:
         raise ValueError(
             f"CKPT is {checkpoint}: its name lacks 'llava', so LLaVA would load a plain language model; rename it"
         )
+    parts = [file for file in ("adapter_config.json", "mm_projector.bin") if (local / file).is_file()]
+    if parts and not options.base:
+        raise ValueError(f"CKPT is {checkpoint}, which holds {parts[0]} and so is only a part: give its --base")
     if options.base and "lora" not in loaded.lower() and (Path(checkpoint) / "adapter_config.json").is_file():
         raise ValueError(f"CKPT is {checkpoint}, a LoRA: LLaVA wants 'lora' in its name; rename the folder")
     name = options.name or loaded
