@@ -243,6 +243,7 @@ rows = [json.loads(line) for line in open(flags["--question-file"])]
 size = math.ceil(len(rows) / int(flags.get("--num-chunks", 1)))
 index = int(flags.get("--chunk-idx", 0))
 assert flags["--model-path"].endswith("{NAME}") and flags["--temperature"] == "0", flags
+print("asked with", flags["--conv-mode"], flags.get("--model-base"))
 with open(flags["--answers-file"], "w") as out:
     for row in rows[index * size : (index + 1) * size]:
         out.write(json.dumps({{"question_id": row["question_id"], "prompt": row["text"], "text": "no"}}) + "\\n")
@@ -299,6 +300,20 @@ def test_finished_answers_are_reused_and_half_ones_answered_again(tmp_path, coun
     evaluate(*arguments, CUDA_VISIBLE_DEVICES="0,1")
     assert log(tmp_path, "gqa").count("the checkpoint is newer") == 2
     assert results(tmp_path)["gqa"]["score"] == 20.0
+
+
+def test_a_part_of_a_model_needs_its_base_which_reaches_the_entry_point(tmp_path, counted, checkpoint):
+    data = tmp_path / "data"
+    benchmarks.gqa(data, "nobody")
+    arguments = (checkpoint, "gqa", "--data", data, "--llava", counted)
+    evaluate(*arguments)
+    assert "asked with vicuna_v1 None" in log(data, "gqa")
+    (checkpoint / "mm_projector.bin").write_bytes(b"")
+    assert "which holds mm_projector.bin and so is only a part: give its --base" in evaluate(*arguments, code=2)
+    evaluate(*arguments, "--base", "lmsys/vicuna-7b-v1.5", "--conv-mode", "plain")
+    assert "asked with plain lmsys/vicuna-7b-v1.5" in log(data, "gqa"), "mm_projector.bin is newer than the answers"
+    (checkpoint / "adapter_config.json").write_text("{}")
+    assert "its name lacks 'lora'" in evaluate(*arguments, "--base", "x", code=2)
 
 
 def test_a_failed_chunk_names_its_log_keeps_the_others_and_other_suites_go_on(tmp_path, checkout, checkpoint):

@@ -37,9 +37,9 @@ def resolve(options: argparse.Namespace) -> Settings:
     local = Path(options.checkpoint).expanduser()
     if not local.is_dir() and not re.fullmatch(r"[\w.-]+/[\w.-]+", options.checkpoint):
         raise ValueError(f"CKPT is {options.checkpoint}: neither a folder nor a name on the hub (owner/name)")
-    checkpoint = str(local.resolve()) if local.is_dir() else options.checkpoint
-    parts = checkpoint.split("/")
-    loaded = "_".join(parts[-2:]) if parts[-1].startswith("checkpoint-") else parts[-1]
+    checkpoint = os.path.abspath(local) if local.is_dir() else options.checkpoint
+    path = checkpoint.split("/")
+    loaded = "_".join(path[-2:]) if path[-1].startswith("checkpoint-") else path[-1]  # as LLaVA names a model
     if "llava" not in loaded.lower():
         raise ValueError(
             f"CKPT is {checkpoint}: its name lacks 'llava', so LLaVA would load a plain language model; rename it"
@@ -47,8 +47,8 @@ def resolve(options: argparse.Namespace) -> Settings:
     parts = [file for file in ("adapter_config.json", "mm_projector.bin") if (local / file).is_file()]
     if parts and not options.base:
         raise ValueError(f"CKPT is {checkpoint}, which holds {parts[0]} and so is only a part: give its --base")
-    if options.base and "lora" not in loaded.lower() and (Path(checkpoint) / "adapter_config.json").is_file():
-        raise ValueError(f"CKPT is {checkpoint}, a LoRA: LLaVA wants 'lora' in its name; rename the folder")
+    if "adapter_config.json" in parts and "lora" not in loaded.lower():
+        raise ValueError(f"CKPT is {checkpoint}, a LoRA: its name lacks 'lora', by which LLaVA knows one; rename it")
     name = options.name or loaded
     if not re.fullmatch(r"[\w.-]+", name):
         raise ValueError(f"--name is {name}: letters, digits, '.', '_' and '-' only")
