@@ -235,8 +235,9 @@ def counting(checkout, folder, body="return"):
     """A checkout whose inference entry point answers "no" without a model; chunk 1 fails where `body` says so."""
     shutil.copytree(checkout / "scripts", folder / "scripts", symlinks=True)
     shutil.copytree(Path(host.train_py()).parents[1], folder / "llava")
-    (folder / "llava/eval/model_vqa_loader.py").write_text(
-        f"""
+    for entry in ("model_vqa_loader.py", "model_vqa.py"):
+        (folder / "llava/eval" / entry).write_text(
+            f"""
 import json, math, sys
 flags = dict(zip(sys.argv[1::2], sys.argv[2::2]))
 rows = [json.loads(line) for line in open(flags["--question-file"])]
@@ -246,10 +247,11 @@ assert flags["--model-path"].endswith("{NAME}") and flags["--temperature"] == "0
 print("asked with", flags["--conv-mode"], flags.get("--model-base"))
 with open(flags["--answers-file"], "w") as out:
     for row in rows[index * size : (index + 1) * size]:
-        out.write(json.dumps({{"question_id": row["question_id"], "prompt": row["text"], "text": "no"}}) + "\\n")
+        answer = {{"question_id": row["question_id"], "prompt": row["text"], "text": "no", "answer_id": "x"}}
+        out.write(json.dumps(answer) + "\\n")
 {body}
 """
-    )
+        )
     (folder / "llava" / "__init__.py").write_text("")
     return folder
 
@@ -300,6 +302,18 @@ def test_finished_answers_are_reused_and_half_ones_answered_again(tmp_path, coun
     evaluate(*arguments, CUDA_VISIBLE_DEVICES="0,1")
     assert log(tmp_path, "gqa").count("the checkpoint is newer") == 2
     assert results(tmp_path)["gqa"]["score"] == 20.0
+
+
+def test_reviews_of_older_answers_are_not_kept(tmp_path, counted, checkpoint, modules):
+    benchmarks.llavabench(tmp_path, "nobody")
+    reviews = tmp_path / "llava-bench-in-the-wild/reviews" / f"{NAME}.jsonl"
+    benchmarks.lines(reviews, [{"category": "c", "question_id": index, "tuple": [9, 9]} for index in range(3)])
+    arguments = (checkpoint, "llavabench", "--data", tmp_path, "--llava", counted)
+    for _ in range(2):  # the second time answers and reviews are both kept
+        evaluate(*arguments, OPENAI_API_KEY="x", PYTHONPATH=str(modules))
+        assert results(tmp_path)["llavabench"]["score"] == 50.0
+    assert "Skipping 2 as we already have it" in log(tmp_path, "llavabench")
+    assert len(reviews.with_name(reviews.name + ".old").read_text().splitlines()) == 3
 
 
 def test_a_part_of_a_model_needs_its_base_which_reaches_the_entry_point(tmp_path, counted, checkpoint):

@@ -10,6 +10,7 @@ import argparse
 import json
 import os
 import sys
+import tempfile
 from pathlib import Path
 from typing import Dict, List
 
@@ -54,14 +55,19 @@ def main(argv: List[str]) -> int:
     unknown = [key for key in options.suites if key not in SUITES]
     if unknown:
         parser.error(f"unknown suite {', '.join(unknown)}; there are {', '.join(SUITES)}")
-    try:
-        settings = resolve(options)
-    except ValueError as problem:
-        parser.error(str(problem))
-    scale = None if options.box_scale == "pixels" else float(options.box_scale)
-    settings.work.mkdir(parents=True, exist_ok=True)
-    prepare(settings.work, settings.llava, settings.data)
+    with tempfile.TemporaryDirectory(prefix="evaluate-") as work:
+        try:
+            settings = resolve(options, Path(work))
+        except ValueError as problem:
+            parser.error(str(problem))
+        return run(options, settings)
 
+
+def run(options: argparse.Namespace, settings: Settings) -> int:
+    """Evaluate every suite asked for, write the results and print the table; return the exit code."""
+    scale = None if options.box_scale == "pixels" else float(options.box_scale)
+    settings.output.mkdir(parents=True, exist_ok=True)
+    prepare(settings.work, settings.llava, settings.data)
     results = []
     for key in options.suites or SUITES:
         print(f"== {key} (log: {settings.output / key}.log)", flush=True)
@@ -107,9 +113,9 @@ def _llava_suite(suite, key: str, settings: Settings, log: Path, result: Dict) -
     if suite.score:
         result.update(status="scored", score=suite.score(output))
         return
-    upload = settings.data / suite.upload.format(name=settings.name)
-    if not upload.is_file():
-        raise ValueError(f"{suite.script} has drifted: it made no {upload}")
+    upload, answers = (settings.data / path.format(name=settings.name) for path in (suite.upload, suite.answers))
+    if not upload.is_file() or upload.stat().st_mtime < answers.stat().st_mtime:
+        raise ValueError(f"{suite.script} has drifted: it made no new {upload}")
     result.update(status="upload", upload=str(upload))
     result["notes"].append(f"upload {upload} to {suite.server}")
 

@@ -35,7 +35,7 @@ def infer(arguments: List[str], job: Dict) -> None:
             f"{job['script']} has drifted: it answers --question-file {questions} into --answers-file {target}; "
             f"expected {job['questions']}. Adapt the suite's row in suites.py"
         )
-    target = Path(target)
+    target = Path(target).resolve()  # below the data folder, not below the work folder's link to it
     count, index = int(option(arguments, "--num-chunks") or 1), int(option(arguments, "--chunk-idx") or 0)
     ids = chunk(job["ids"], count, index)
     changed = float("inf") if job["force"] else job["changed"]
@@ -44,7 +44,7 @@ def infer(arguments: List[str], job: Dict) -> None:
         print(f"reusing {target}: {len(ids)} answers", flush=True)
         return
     whole = Path(job["answers"])
-    if whole.resolve() != target.resolve() and not why_not(whole, job["ids"], changed):
+    if whole.resolve() != target and not why_not(whole, job["ids"], changed):
         # Finished with another number of GPUs, whose chunk files have other names.
         print(f"reusing {whole} for chunk {index} of {count}", flush=True)
         target.write_text("".join(chunk(whole.read_text().splitlines(keepends=True), count, index)))
@@ -67,6 +67,9 @@ def infer(arguments: List[str], job: Dict) -> None:
         return
     gpus = [os.environ.get("CUDA_VISIBLE_DEVICES", "0")] if count > 1 else job["gpus"]
     answer(command, ids, target, gpus, changed)
+    for file in map(Path, job["stale"]):
+        if file.exists():
+            os.replace(file, file.with_name(file.name + ".old"))
 
 
 def main(arguments: List[str]) -> int:

@@ -22,15 +22,12 @@ HERE = Path(__file__).resolve().parent
 
 
 def prepare(work: Path, llava: Path, data: Path) -> None:
-    """Make the work folder's links and its `python`."""
-    (work / "playground" / "data").mkdir(parents=True, exist_ok=True)
-    (work / "bin").mkdir(exist_ok=True)
+    """Make the links and the `python` of an empty work folder."""
+    (work / "playground" / "data").mkdir(parents=True)
+    (work / "bin").mkdir()
     links = {"llava": llava / "llava", "scripts": llava / "scripts", "playground/data/eval": data}
     for name, target in links.items():
-        link = work / name
-        if link.is_symlink():
-            link.unlink()
-        link.symlink_to(target.resolve(), target_is_directory=True)
+        (work / name).symlink_to(target.resolve(), target_is_directory=True)
     for name in ("python", "python3"):
         program = work / "bin" / name
         program.write_text(f'#!/bin/bash\nexec "{sys.executable}" "{HERE / "launch.py"}" "$@"\n')
@@ -56,8 +53,6 @@ def run_script(suite: LlavaSuite, key: str, settings: Settings, log: Path) -> st
     answers = data / suite.answers.format(name=name)
     ids = question_ids(data / suite.questions)
     failures, copy, job = (work / f"{key}.{kind}" for kind in ("failures", "sh", "job.json"))
-    if failures.exists():
-        failures.unlink()
     copy.write_text(renamed(script, name), encoding="utf-8")
     job.write_text(
         json.dumps(
@@ -73,6 +68,7 @@ def run_script(suite: LlavaSuite, key: str, settings: Settings, log: Path) -> st
                 "answers": str(answers),
                 "ids": ids,
                 "failures": str(failures),
+                "stale": [str(data / path.format(name=name)) for path in suite.derived],
             }
         )
     )

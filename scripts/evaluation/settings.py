@@ -20,10 +20,7 @@ class Settings(NamedTuple):
     gpus: List[str]
     force: bool
     changed: float  # when the checkpoint's weights or config last changed; 0 for one on the hub
-
-    @property
-    def work(self) -> Path:
-        return self.output / "work"
+    work: Path  # temporary folder that LLaVA's scripts run in
 
     @property
     def padded(self) -> bool:
@@ -32,7 +29,7 @@ class Settings(NamedTuple):
         return not config.is_file() or json.loads(config.read_text()).get("image_aspect_ratio") == "pad"
 
 
-def resolve(options: argparse.Namespace) -> Settings:
+def resolve(options: argparse.Namespace, work: Path) -> Settings:
     """Settings from the command line. Raises ValueError with what is wrong, what is allowed and what to do."""
     local = Path(options.checkpoint).expanduser()
     if not local.is_dir() and not re.fullmatch(r"[\w.-]+/[\w.-]+", options.checkpoint):
@@ -70,6 +67,7 @@ def resolve(options: argparse.Namespace) -> Settings:
         gpus=[gpu for gpu in os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",") if gpu] or ["0"],
         force=options.force,
         changed=max((file.stat().st_mtime for file in weights), default=0.0),
+        work=work,
     )
 
 

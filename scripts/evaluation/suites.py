@@ -21,8 +21,9 @@ class LlavaSuite(NamedTuple):
     """A benchmark of LLaVA's scripts/v1_5/eval.
 
     `needs` are (file or folder, where to get it); `valid` is what the suite's scorer can read (fullmatch), the rest is
-    counted; `score` reads the number off the output of LLaVA's or the benchmark's own scorer; where there is no local
-    one, `upload` is the file that LLaVA's script makes for `server`.
+    counted, and so is what `extra` counts; `score` reads the number off the output of LLaVA's or the benchmark's own
+    scorer; where there is no local one, `upload` is the file that LLaVA's script makes for `server`; `derived` are files
+    that LLaVA's script would keep although the answers they were made from are new.
     """
 
     title: str
@@ -38,6 +39,7 @@ class LlavaSuite(NamedTuple):
     extra: Callable[[Path, str], Dict[str, int]] = lambda data, name: {}
     modules: Sequence[str] = ()
     variables: Sequence[str] = ()
+    derived: Sequence[str] = ()
 
 
 class OwnSuite(NamedTuple):
@@ -260,6 +262,7 @@ SUITES = {
         extra=unparsed_reviews,
         modules=("openai<1",),  # LLaVA's script calls the old interface, and with a new one repeats its call forever
         variables=("OPENAI_API_KEY",),
+        derived=("llava-bench-in-the-wild/reviews/{name}.jsonl",),
     ),
     "mmvet": LlavaSuite(
         "MM-Vet",
