@@ -234,7 +234,7 @@ def test_answers_of_another_checkpoint_of_the_same_name_are_not_reused(tmp_path,
 def counting(checkout, folder, body="return"):
     """A checkout whose inference entry point answers "no" without a model; chunk 1 fails where `body` says so."""
     shutil.copytree(checkout / "scripts", folder / "scripts", symlinks=True)
-    shutil.copytree(Path(host.train_py()).parents[1], folder / "llava")
+    shutil.copytree((checkout / "llava").resolve(), folder / "llava")
     for entry in ("model_vqa_loader.py", "model_vqa.py"):
         (folder / "llava/eval" / entry).write_text(
             f"""

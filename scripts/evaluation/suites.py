@@ -22,8 +22,8 @@ class LlavaSuite(NamedTuple):
 
     `needs` are (file or folder, where to get it); `valid` is what the suite's scorer can read (fullmatch), the rest is
     counted, and so is what `extra` counts; `score` reads the number off the output of LLaVA's or the benchmark's own
-    scorer; where there is no local one, `upload` is the file that LLaVA's script makes for `server`; `derived` are files
-    that LLaVA's script would keep although the answers they were made from are new.
+    scorer; where there is no local one, `upload` is the file that LLaVA's script makes for `server`; `derived` are
+    files that LLaVA's script would keep although the answers they were made from are new.
     """
 
     title: str
