@@ -142,6 +142,7 @@ def test_ocrbench_is_scored_by_its_own_rule(tmp_path, checkout, checkpoint, layo
     assert result["score"] == 3, "case and blanks matter where the rule says so"
     assert result["parts"]["Handwritten Mathematical Expression Recognition"] == "1 of 2"
     assert result["unparsed"] == {"empty answer": 1}
+    assert result["notes"][0].startswith("5 questions, where the published file has 1000")
 
 
 def test_missing_and_half_data_say_which_file_and_other_suites_run(tmp_path, checkout, checkpoint):
@@ -193,6 +194,9 @@ def test_broken_data_names_the_file_and_other_suites_run(tmp_path, checkout, che
     for suite, file in broken.items():
         assert found[suite]["status"] == "failed" and str(file) in found[suite]["notes"][0], found[suite]
     assert "MM-Vet: no 'question_id' in some record" in output
+    (data / "OCRBench/OCRBench.json").write_text("[]")
+    output = evaluate(checkpoint, "ocrbench", "--data", data, "--llava", checkout, code=1)
+    assert f"{data / 'OCRBench/OCRBench.json'} holds no question" in output
     assert row(output, "POPE")[0] == "66.7"
 
 
@@ -297,7 +301,7 @@ def test_finished_answers_are_reused_and_half_ones_answered_again(tmp_path, coun
     assert log(tmp_path, "gqa").count("reusing") == 1 and log(tmp_path, "gqa").count("answering into") == 1
     assert "line 2 is not JSON" in log(tmp_path, "gqa")
     evaluate(*arguments, "--force", CUDA_VISIBLE_DEVICES="0,1")
-    assert log(tmp_path, "gqa").count("the checkpoint is newer") == 2
+    assert log(tmp_path, "gqa").count(": --force") == 2
     os.utime(checkpoint / "config.json", (time.time() + 60, time.time() + 60))
     evaluate(*arguments, CUDA_VISIBLE_DEVICES="0,1")
     assert log(tmp_path, "gqa").count("the checkpoint is newer") == 2

@@ -12,13 +12,13 @@ import os
 import sys
 import tempfile
 from pathlib import Path
-from typing import Dict, List
+from typing import Dict, List, Optional
 
 from llava_scripts import prepare, run_script, unparsed
 from needs import missing, needs
 from progress import answer, read, why_not
 from settings import Settings, resolve
-from suites import SUITES, LlavaSuite
+from suites import SUITES, LlavaSuite, OwnSuite
 from table import table
 
 HERE = Path(__file__).resolve().parent
@@ -83,7 +83,7 @@ def run(options: argparse.Namespace, settings: Settings) -> int:
     return 0 if all(result["status"] in ("scored", "upload") for result in results) else 1
 
 
-def evaluate(key: str, settings: Settings, scale) -> Dict:
+def evaluate(key: str, settings: Settings, scale: Optional[float]) -> Dict:
     """Answer and score one suite. What goes wrong is in the result's `status` and `notes`; other suites go on."""
     suite = SUITES[key]
     log = settings.output / f"{key}.log"
@@ -107,7 +107,7 @@ def evaluate(key: str, settings: Settings, scale) -> Dict:
     return result
 
 
-def _llava_suite(suite, key: str, settings: Settings, log: Path, result: Dict) -> None:
+def _llava_suite(suite: LlavaSuite, key: str, settings: Settings, log: Path, result: Dict) -> None:
     output = run_script(suite, key, settings, log)
     result["unparsed"] = unparsed(suite, settings.data, settings.name)
     if suite.score:
@@ -120,9 +120,13 @@ def _llava_suite(suite, key: str, settings: Settings, log: Path, result: Dict) -
     result["notes"].append(f"upload {upload} to {suite.server}")
 
 
-def _own_suite(suite, key: str, settings: Settings, log: Path, result: Dict, scale) -> None:
+def _own_suite(
+    suite: OwnSuite, key: str, settings: Settings, log: Path, result: Dict, scale: Optional[float]
+) -> None:
     target = settings.data / suite.answers.format(name=settings.name)
     ids = [str(question["question_id"]) for question in suite.questions_of(settings.data)]
+    if not ids:
+        raise ValueError(f"{suite.files(settings.data / suite.folder)[0]} holds no question")
     changed = float("inf") if settings.force else settings.changed
     problem = why_not(target, ids, changed)
     if problem:

@@ -52,6 +52,8 @@ def run_script(suite: LlavaSuite, key: str, settings: Settings, log: Path) -> st
     script = settings.llava / "scripts" / "v1_5" / "eval" / suite.script
     answers = data / suite.answers.format(name=name)
     ids = question_ids(data / suite.questions)
+    if not ids:
+        raise ValueError(f"{data / suite.questions} holds no question")
     failures, copy, job = (work / f"{key}.{kind}" for kind in ("failures", "sh", "job.json"))
     copy.write_text(renamed(script, name), encoding="utf-8")
     job.write_text(

@@ -4,6 +4,7 @@ import importlib.metadata
 import importlib.util
 import os
 import shutil
+from collections import defaultdict
 from pathlib import Path
 from typing import List, Tuple, Union
 
@@ -22,12 +23,16 @@ def needs(suite: Suite, data: Path) -> List[Tuple[Path, str]]:
 
 def missing(suite: Suite, data: Path) -> List[str]:
     """What the suite lacks, a sentence each: files, pictures that its questions name, libraries, programs."""
-    lacks = []
+    absent = defaultdict(list)
     for path, where in needs(suite, data):
         if not path.exists():
-            lacks.append(f"{path} is missing: get it from {where}")
+            absent["missing", where].append(str(path))
         elif not (any(path.iterdir()) if path.is_dir() else path.stat().st_size):
-            lacks.append(f"{path} is empty: get it from {where}")
+            absent["empty", where].append(str(path))
+    lacks = []
+    for (state, where), paths in absent.items():
+        verb, them = ("is", "it") if len(paths) == 1 else ("are", "them")
+        lacks.append(f"{', '.join(paths)} {verb} {state}: get {them} from {where}")
     lacks = lacks or _missing_pictures(suite, data)
     for requirement in suite.modules:
         name, _, limit = requirement.partition("<")

@@ -47,7 +47,7 @@ def read(file: Path) -> List[Dict]:
 def why_not(answers: Path, ids: Sequence[str], changed: float = 0) -> str:
     """Why `answers` is not a finished answers file for the questions `ids`; "" if it is.
 
-    `changed`: when the checkpoint last changed; answers older than that are another checkpoint's.
+    `changed`: when the checkpoint last changed; answers older than that are another checkpoint's. Infinity: redo all.
     """
     if not answers.is_file():
         return "there is none"
@@ -58,7 +58,7 @@ def why_not(answers: Path, ids: Sequence[str], changed: float = 0) -> str:
     if found != list(ids):
         return f"its {len(found)} answers are not those to the {len(ids)} questions"
     if answers.stat().st_mtime < changed:
-        return "the checkpoint is newer"
+        return "--force" if math.isinf(changed) else "the checkpoint is newer"
     return ""
 
 
@@ -73,7 +73,7 @@ def answer(
 ) -> None:
     """Run `command(answers, chunks, index)` once per GPU, each on its chunk, and put the chunks together in `target`.
 
-    Never more chunks than there are chunks with questions. A chunk that an earlier, interrupted run finished is kept.
+    `ids`: of the questions, at least one. Never more chunks than there are chunks with questions. A chunk that an earlier, interrupted run finished is kept.
     Raises ValueError where a process fails or leaves fewer answers than questions.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
