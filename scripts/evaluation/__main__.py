@@ -102,7 +102,7 @@ def evaluate(key: str, settings: Settings, scale: Optional[float]) -> Dict:
             _own_suite(suite, key, settings, log, result, scale)
     except (ValueError, KeyError, OSError) as problem:  # failed commands, and data or answers that are not as expected
         reason = f"no {problem} in some record" if isinstance(problem, KeyError) else problem
-        return dict(result, status="failed", notes=[*result["notes"], f"{reason} (log: {log})"])
+        return dict(result, status="failed", notes=[f"{reason} (log: {log})" if log.is_file() else str(reason)])
     result["notes"] += [f"{count} × {kind}" for kind, count in result["unparsed"].items() if count]
     return result
 

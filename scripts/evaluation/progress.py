@@ -73,7 +73,8 @@ def answer(
 ) -> None:
     """Run `command(answers, chunks, index)` once per GPU, each on its chunk, and put the chunks together in `target`.
 
-    `ids`: of the questions, at least one. Never more chunks than there are chunks with questions. A chunk that an earlier, interrupted run finished is kept.
+    `ids`: of the questions, at least one. Never more chunks than there are chunks with questions. A chunk that an
+    earlier, interrupted run finished is kept.
     Raises ValueError where a process fails or leaves fewer answers than questions.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
