@@ -1,14 +1,14 @@
 """RefCOCO, RefCOCO+ and RefCOCOg: referring expressions (REC) and region captioning, as lmms-eval asks and scores them.
 
-LLaVA has neither. The paper's baseline rows are lmms-eval's (its pull request 52 reports 56.2, 64.4 and 47.5 for
-LLaVA-1.5-7B on RefCOCO's val, testA and testB, the paper's first three cells), so prompts, splits and data are its own:
+LLaVA has neither. The paper's rows are evidently lmms-eval's (its pull request 52 reports 56.2 and 64.4 for LLaVA-1.5-7B
+on RefCOCO's val and testA, the paper's first cells), so prompts, splits and data are, too:
 
     RefCOCO/data/{val,testA,testB}-*.parquet
     RefCOCOplus/data/{val,testA,testB}-*.parquet
     RefCOCOg/data/{val,test}-*.parquet
 
-Columns used: question_id, image {bytes, path}, answer [str], bbox [x, y, width, height] in pixels. (Its val of RefCOCO,
-8811 objects, is larger than the UNC split's.)
+Columns used: question_id, image {bytes, path}, answer [str], bbox [x, y, width, height] in pixels. (Its val of RefCOCO
+has 8.8 thousand objects, more than twice the UNC split's.)
 """
 
 import functools
@@ -123,7 +123,8 @@ def score_boxes(answers: List[Dict], padded: bool, scale: Optional[float] = 1000
     """P@0.5 (IoU >= 0.5) in percent, averaged over the splits, once per reading of the coordinates.
 
     `score`: fractions of the image, as lmms-eval and so the paper's row read them. `padded`: fractions of the padded
-    square that LLaVA is shown and was trained on; only where `padded`, the checkpoint's image_aspect_ratio being "pad".
+    square that LLaVA is shown (and its training boxes are of: its issue 606); only where the argument says that the
+    checkpoint's image_aspect_ratio is "pad".
     An answer without a box is wrong in both, and counted.
     """
     unparsed, kinds = Counter(), Counter()
