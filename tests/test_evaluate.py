@@ -330,6 +330,9 @@ def test_a_part_of_a_model_needs_its_base_which_reaches_the_entry_point(tmp_path
     assert "which holds mm_projector.bin and so is only a part: give its --base" in evaluate(*arguments, code=2)
     evaluate(*arguments, "--base", "lmsys/vicuna-7b-v1.5", "--conv-mode", "plain")
     assert "asked with plain lmsys/vicuna-7b-v1.5" in log(data, "gqa"), "mm_projector.bin is newer than the answers"
+    (checkpoint / "pytorch_model-00001-of-00002.bin").write_bytes(b"")
+    evaluate(*arguments)
+    assert "asked with vicuna_v1 None" in log(data, "gqa"), "a released checkpoint is whole and holds one, too"
     (checkpoint / "adapter_config.json").write_text("{}")
     assert "its name lacks 'lora'" in evaluate(*arguments, "--base", "x", code=2)
 

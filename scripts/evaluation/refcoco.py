@@ -1,7 +1,7 @@
 """RefCOCO, RefCOCO+ and RefCOCOg: referring expressions (REC) and region captioning, as lmms-eval asks and scores them.
 
-LLaVA has neither. The paper's rows are evidently lmms-eval's (its pull request 52 reports 56.2 and 64.4 for LLaVA-1.5-7B
-on RefCOCO's val and testA, the paper's first cells), so prompts, splits and data are, too:
+LLaVA has neither. The paper's rows are evidently lmms-eval's (its pull request 52 reports 56.2 and 64.4 for
+LLaVA-1.5-7B on RefCOCO's val and testA, the paper's first cells), so prompts, splits and data are, too:
 
     RefCOCO/data/{val,testA,testB}-*.parquet
     RefCOCOplus/data/{val,testA,testB}-*.parquet

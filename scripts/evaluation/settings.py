@@ -42,7 +42,8 @@ def resolve(options: argparse.Namespace, work: Path) -> Settings:
             f"CKPT is {checkpoint}: its name lacks 'llava', so LLaVA would load a plain language model; rename it"
         )
     parts = [file for file in ("adapter_config.json", "mm_projector.bin") if (local / file).is_file()]
-    if parts and not options.base:
+    whole = any(file for pattern in ("model*.safetensors", "pytorch_model*.bin") for file in local.glob(pattern))
+    if parts and not whole and not options.base:  # released checkpoints are whole and have an mm_projector.bin, too
         raise ValueError(f"CKPT is {checkpoint}, which holds {parts[0]} and so is only a part: give its --base")
     if "adapter_config.json" in parts and "lora" not in loaded.lower():
         raise ValueError(f"CKPT is {checkpoint}, a LoRA: its name lacks 'lora', by which LLaVA knows one; rename it")
