@@ -8,7 +8,7 @@ from pathlib import Path
 import benchmarks
 import pytest
 
-sys.path.append(str(Path(__file__).resolve().parent.parent / "scripts" / "evaluation"))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "scripts" / "evaluation"))
 
 import refcoco  # noqa: E402
 from boxes import iou, parse_box, to_pixels  # noqa: E402
