@@ -255,7 +255,7 @@ def ocrbench(data, name=None, layout="OCRBench.json"):
     else:
         write(folder / layout, records)
     if name:
-        texts = ["The word is\ncentre.", "a DR. PEPPER can", "\\frac{1}{2}", "X^{2}", ""]
+        texts = ["The word is\ncentre.", "a DR. PEPPER can", "\\frac{ 1 }{2}", "X^{2}", ""]
         kept = ("dataset_name", "type", "answers")
         answers = [
             {"question_id": index, "text": text, "metadata": {key: record[key] for key in kept}}
