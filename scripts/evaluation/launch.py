@@ -1,0 +1,97 @@
+"""Stands in for `python` inside LLaVA's evaluation scripts (llava_scripts.py puts it on their PATH).
+
+LLaVA's scripts have no `set -e`, name one checkpoint, and answer every question again. Here each of their commands runs
+as written, except that an inference command gets the user's checkpoint, keeps answers that are finished, and spreads
+over all GPUs where the script uses one; and that after a failed command no other one runs.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Dict, List, Optional
+
+from progress import answer, chunk, why_not
+
+
+def option(arguments: List[str], name: str) -> Optional[str]:
+    return arguments[arguments.index(name) + 1] if name in arguments[:-1] else None
+
+
+def replaced(arguments: List[str], name: str, value: str) -> List[str]:
+    """`arguments` with the option `name` set to `value`, in its place or at the end."""
+    if name not in arguments:
+        return [*arguments, name, value]
+    place = arguments.index(name) + 1
+    return arguments[:place] + [value] + arguments[place + 1 :]
+
+
+def infer(arguments: List[str], job: Dict) -> None:
+    """Run one inference command of a script. Raises ValueError where it is not the one that the suite's row expects."""
+    questions, target = (option(arguments, name) for name in ("--question-file", "--answers-file"))
+    if questions is None or Path(questions).resolve() != Path(job["questions"]).resolve() or target is None:
+        raise ValueError(
+            f"{job['script']} has drifted: it answers --question-file {questions} into --answers-file {target}; "
+            f"expected {job['questions']}. Adapt the suite's row in suites.py"
+        )
+    target = Path(target).resolve()  # below the data folder, not below the work folder's link to it
+    count, index = int(option(arguments, "--num-chunks") or 1), int(option(arguments, "--chunk-idx") or 0)
+    ids = chunk(job["ids"], count, index)
+    changed = float("inf") if job["force"] else job["changed"]
+    problem = why_not(target, ids, changed)
+    if not problem:
+        print(f"reusing {target}: {len(ids)} answers", flush=True)
+        return
+    whole = Path(job["answers"])
+    if whole.resolve() != target and not why_not(whole, job["ids"], changed):
+        # Finished with another number of GPUs, whose chunk files have other names.
+        print(f"reusing {whole} for chunk {index} of {count}", flush=True)
+        target.write_text("".join(chunk(whole.read_text().splitlines(keepends=True), count, index)))
+        return
+    print(f"answering into {target}: {problem}", flush=True)
+    arguments = replaced(arguments, "--model-path", job["checkpoint"])
+    if job["base"]:
+        arguments = replaced(arguments, "--model-base", job["base"])
+    if job["conv_mode"]:
+        arguments = replaced(arguments, "--conv-mode", job["conv_mode"])
+
+    def command(part: Path, parts: int, number: int) -> List[str]:
+        final = replaced(arguments, "--answers-file", str(part))
+        if parts > 1:
+            final = replaced(replaced(final, "--num-chunks", str(parts)), "--chunk-idx", str(number))
+        return [sys.executable, *final]
+
+    if not ids:  # more GPUs than chunks, which LLaVA's get_chunk does not expect
+        target.write_text("")
+        return
+    gpus = [os.environ.get("CUDA_VISIBLE_DEVICES", "0")] if count > 1 else job["gpus"]
+    answer(command, ids, target, gpus, changed)
+    for file in map(Path, job["stale"]):
+        if file.exists():
+            os.replace(file, file.with_name(file.name + ".old"))
+
+
+def main(arguments: List[str]) -> int:
+    job = json.loads(Path(os.environ["EVALUATION_JOB"]).read_text())
+    failures = Path(job["failures"])
+    if failures.exists():
+        return 1
+    module = arguments[1] if arguments[0] == "-m" else arguments[0].replace("/", ".")
+    try:
+        if "llava.eval.model_" in module:
+            infer(arguments, job)
+        else:
+            code = subprocess.call([sys.executable, *arguments])
+            if code:
+                raise ValueError(f"{' '.join(arguments)} ended with exit code {code}")
+    except ValueError as problem:
+        with open(failures, "a") as record:
+            record.write(f"{problem}\n")
+        print(problem, flush=True)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

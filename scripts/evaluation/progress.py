@@ -1,0 +1,104 @@
+"""Answers files: which are finished, and how several GPUs share one."""
+
+import csv
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import IO, Callable, Dict, List, Optional, Sequence
+
+
+def chunk(items: Sequence, count: int, index: int) -> Sequence:
+    """Part `index` of `count` as LLaVA's get_chunk cuts it: ceil(len / count) items each, the last ones fewer."""
+    size = math.ceil(len(items) / count)
+    return items[index * size : (index + 1) * size]
+
+
+def question_ids(file: Path) -> List[str]:
+    """The ids of a question file in its order, as text: .jsonl (question_id), ScienceQA's .json (id), .tsv (index)."""
+    if file.suffix == ".tsv":
+        csv.field_size_limit(sys.maxsize)  # the pictures are in the table
+        with open(file, newline="", encoding="utf-8") as lines:
+            return [row["index"] for row in csv.DictReader(lines, delimiter="\t")]
+    if file.suffix == ".json":
+        return [str(row["id"]) for row in read(file)]
+    return [str(row["question_id"]) for row in read(file)]
+
+
+def read(file: Path) -> List[Dict]:
+    """The records of a .jsonl or .json file. Raises ValueError, naming file and line, where it is not JSON."""
+    if file.suffix == ".json":
+        try:
+            return json.loads(file.read_text(encoding="utf-8"))
+        except ValueError as problem:
+            raise ValueError(f"{file} is not JSON ({problem}); is the file complete?") from None
+    records = []
+    with open(file, encoding="utf-8") as lines:
+        for number, line in enumerate(lines, 1):
+            try:
+                records.append(json.loads(line))
+            except ValueError as problem:
+                raise ValueError(f"{file}, line {number} is not JSON ({problem}); is the file complete?") from None
+    return records
+
+
+def why_not(answers: Path, ids: Sequence[str], changed: float = 0) -> str:
+    """Why `answers` is not a finished answers file for the questions `ids`; "" if it is.
+
+    `changed`: when the checkpoint last changed; answers older than that are another checkpoint's. Infinity: redo all.
+    """
+    if not answers.is_file():
+        return "there is none"
+    try:
+        found = [str(row["question_id"]) for row in read(answers)]
+    except ValueError as problem:
+        return str(problem)
+    if found != list(ids):
+        return f"its {len(found)} answers are not those to the {len(ids)} questions"
+    if answers.stat().st_mtime < changed:
+        return "--force" if math.isinf(changed) else "the checkpoint is newer"
+    return ""
+
+
+def answer(
+    command: Callable[[Path, int, int], List[str]],
+    ids: Sequence[str],
+    target: Path,
+    gpus: Sequence[str],
+    changed: float,
+    output: Optional[IO] = None,
+    **environment: str,
+) -> None:
+    """Run `command(answers, chunks, index)` once per GPU, each on its chunk, and put the chunks together in `target`.
+
+    `ids`: of the questions, at least one. Never more chunks than there are chunks with questions. A chunk that an
+    earlier, interrupted run finished is kept.
+    Raises ValueError where a process fails or leaves fewer answers than questions.
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    count = math.ceil(len(ids) / math.ceil(len(ids) / len(gpus)))
+    parts = [target.with_name(f"{target.name}.{count}_{index}.partial") for index in range(count)]
+    running = {
+        index: subprocess.Popen(
+            command(part, count, index),
+            env=dict(os.environ, CUDA_VISIBLE_DEVICES=gpu, **environment),
+            stdout=output,
+            stderr=output and subprocess.STDOUT,
+        )
+        for index, (part, gpu) in enumerate(zip(parts, gpus))
+        if why_not(part, chunk(ids, count, index), changed)
+    }
+    for process in running.values():
+        process.wait()
+    for index, part in enumerate(parts):
+        code = running[index].returncode if index in running else 0
+        problem = why_not(part, chunk(ids, count, index))
+        if code or problem:
+            raise ValueError(f"chunk {index} of {count} ended with exit code {code}; {part}: {problem or 'complete'}")
+    whole = target.with_name(target.name + ".partial")
+    whole.write_bytes(b"".join(part.read_bytes() for part in parts))
+    os.replace(whole, target)
+    for part in parts:
+        part.unlink()

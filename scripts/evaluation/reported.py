@@ -1,0 +1,38 @@
+"""The results that the paper reports (arXiv 2410.11829), for the table: suite -> (LLaVA-1.5, with MMFuser)."""
+
+REPORTED = {
+    "7b": {
+        "vqav2": (78.5, 79.1),
+        "gqa": (62.0, 62.8),
+        "vizwiz": (50.0, 53.4),
+        "sqa": (66.8, 68.7),
+        "textvqa": (58.2, 58.8),
+        "pope": (85.9, 86.3),
+        "mme": (1510.7, 1479.7),
+        "mmbench": (64.3, 67.5),
+        "mmbench_cn": (58.3, 60.1),
+        "seed": (58.6, 60.8),
+        "llavabench": (63.4, 65.5),
+        "mmvet": (30.5, 32.6),
+        "ocrbench": (297, 315),
+        "regioncap": (37.2, 39.7),
+        "rec": (51.7, 57.4),
+    },
+    "13b": {
+        "vqav2": (80.0, 80.1),
+        "gqa": (63.3, 63.4),
+        "vizwiz": (53.6, 57.4),
+        "sqa": (71.6, 71.2),
+        "textvqa": (61.3, 59.9),
+        "pope": (85.9, 87.5),
+        "mme": (1531.3, 1585.2),
+        "mmbench": (67.7, 69.9),
+        "mmbench_cn": (63.6, 63.8),
+        "seed": (61.6, 62.0),
+        "llavabench": (70.7, 71.8),
+        "mmvet": (35.4, 36.6),
+        "ocrbench": (331, 343),
+        "regioncap": (38.9, 42.8),
+        "rec": (60.7, 61.1),
+    },
+}

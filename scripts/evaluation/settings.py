@@ -1,0 +1,100 @@
+"""What one evaluation runs on: checkpoint, data, LLaVA's code, GPUs."""
+
+import argparse
+import importlib.util
+import json
+import os
+import re
+from pathlib import Path
+from typing import List, NamedTuple, Optional
+
+
+class Settings(NamedTuple):
+    checkpoint: str
+    name: str  # what the answers are filed under
+    base: Optional[str]
+    conv_mode: Optional[str]
+    data: Path
+    llava: Path  # the folder that holds llava/ and, in a checkout, scripts/
+    output: Path
+    gpus: List[str]
+    force: bool
+    changed: float  # when the checkpoint's weights or config last changed; 0 for one on the hub
+    work: Path  # temporary folder that LLaVA's scripts run in
+
+    @property
+    def padded(self) -> bool:
+        """Whether the checkpoint sees images padded to a square, as LLaVA-1.5 does."""
+        config = Path(self.checkpoint) / "config.json"
+        return not config.is_file() or json.loads(config.read_text()).get("image_aspect_ratio") == "pad"
+
+
+def resolve(options: argparse.Namespace, work: Path) -> Settings:
+    """Settings from the command line. Raises ValueError with what is wrong, what is allowed and what to do."""
+    local = Path(options.checkpoint).expanduser()
+    if not local.is_dir() and not re.fullmatch(r"[\w.-]+/[\w.-]+", options.checkpoint):
+        raise ValueError(f"CKPT is {options.checkpoint}: neither a folder nor a name on the hub (owner/name)")
+    checkpoint = os.path.abspath(local) if local.is_dir() else options.checkpoint
+    path = checkpoint.split("/")
+    loaded = "_".join(path[-2:]) if path[-1].startswith("checkpoint-") else path[-1]  # as LLaVA names a model
+    if "llava" not in loaded.lower():
+        raise ValueError(
+            f"CKPT is {checkpoint}: its name lacks 'llava', so LLaVA would load a plain language model; rename it"
+        )
+    parts = [file for file in ("adapter_config.json", "mm_projector.bin") if (local / file).is_file()]
+    whole = any(file for pattern in ("model*.safetensors", "pytorch_model*.bin") for file in local.glob(pattern))
+    if parts and not whole and not options.base:  # released checkpoints are whole and have an mm_projector.bin, too
+        raise ValueError(f"CKPT is {checkpoint}, which holds {parts[0]} and so is only a part: give its --base")
+    if "adapter_config.json" in parts and "lora" not in loaded.lower():
+        raise ValueError(f"CKPT is {checkpoint}, a LoRA: its name lacks 'lora', by which LLaVA knows one; rename it")
+    name = options.name or loaded
+    if not re.fullmatch(r"[\w.-]+", name):
+        raise ValueError(f"--name is {name}: letters, digits, '.', '_' and '-' only")
+    llava = _llava(options.llava)
+    data = Path(options.data or llava / "playground" / "data" / "eval").expanduser().resolve()
+    if not data.is_dir():
+        raise ValueError(f"--data is {data}: no such folder; make it and put the suites' data there (--list says what)")
+    output = Path(options.output or data / "results" / name).expanduser().resolve()
+    _claim(data / "evaluated_checkpoints.json", name, checkpoint)
+    weights = [file for pattern in ("*.safetensors", "*.bin", "config.json") for file in local.glob(pattern)]
+    return Settings(
+        checkpoint=checkpoint,
+        name=name,
+        base=options.base,
+        conv_mode=options.conv_mode,
+        data=data,
+        llava=llava,
+        output=output,
+        gpus=[gpu for gpu in os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",") if gpu] or ["0"],
+        force=options.force,
+        changed=max((file.stat().st_mtime for file in weights), default=0.0),
+        work=work,
+    )
+
+
+def _llava(given: Optional[str]) -> Path:
+    """The LLaVA checkout: --llava, else the current folder, else what is installed."""
+    if given:
+        if not (Path(given) / "llava" / "eval").is_dir():
+            raise ValueError(f"--llava is {given}: it has no llava/eval; give the folder of a LLaVA checkout")
+        return Path(given).resolve()
+    if (Path("llava") / "eval").is_dir():
+        return Path.cwd()
+    spec = importlib.util.find_spec("llava")
+    if spec is None or spec.origin is None:
+        raise ValueError("LLaVA is not installed in this Python, and this is not its folder: give --llava DIR")
+    return Path(spec.origin).resolve().parent.parent
+
+
+def _claim(record: Path, name: str, checkpoint: str) -> None:
+    """Note whose answers are filed under `name`, so that no other checkpoint of that name reuses them."""
+    owners = json.loads(record.read_text()) if record.is_file() else {}
+    if owners.get(name, checkpoint) != checkpoint:
+        raise ValueError(
+            f"--name is {name}: answers of that name below {record.parent} are of {owners[name]}, not of {checkpoint}; "
+            f"give another --name, or delete those answers and the entry in {record}"
+        )
+    owners[name] = checkpoint
+    fresh = record.with_name(record.name + ".partial")
+    fresh.write_text(json.dumps(owners, indent=1))
+    os.replace(fresh, record)
