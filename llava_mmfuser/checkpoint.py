@@ -200,10 +200,13 @@ def matching_adapter(
         raise ValueError(f"{path} does not fit this model's projector: {problems}. It looks like {kind}")
     config = read_config(os.path.dirname(path)) or {}
     of_fuser = is_authors_config(config) or config.get("mm_projector_type") == PROJECTOR_TYPE
-    has_all = any(name.startswith("fuser.") for name in weights) or settings.fusion in FUSIONS_WITHOUT_WEIGHTS
+    without = {settings.fusion, config.get("mm_fuser_fusion")} & set(FUSIONS_WITHOUT_WEIGHTS)
+    has_all = any(name.startswith("fuser.") for name in weights) or without
     if vision_config is not None and of_fuser and has_all:
         trained = MMFuserConfig.from_llava(config).resolve(vision_config)
         for name in (field.name for field in dataclasses.fields(settings) if field.name != "projector"):
+            if name in settings.without_effect:
+                continue
             before, now = spell(getattr(trained, name)), spell(getattr(settings, name))
             if before != now:
                 raise ValueError(

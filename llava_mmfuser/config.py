@@ -25,7 +25,6 @@ CLIP_TYPES = ("clip", "clip_vision_model")  # model_type of the vision towers th
 SPELLINGS = '-2, 3,8,13,18,23, =-22,-17,-12,-7,-2, "3 8 13 18 23", [3,8,13,18,23] or list-22/-17/-12/-7/-2'
 
 
-
 @dataclass(frozen=True)
 class LayerSet:
     """One of `LAYER_SETS` below a query layer; a plain int stands for the uniform set below it."""
@@ -48,7 +47,7 @@ class LayerSet:
         first, step, count = {
             "uniform": (query - below * stride, stride, below),
             "shallow": (1, 1, below),
-            "middle": ((query + 1 - below) // 2, 1, below),
+            "middle": ((query + 1 - below) // 2 if query > below else -1, 1, below),
             "deep": (query - below, 1, below),
             "all": (0, 1, query),
         }[self.name]
@@ -103,15 +102,16 @@ def parse_listed_layers(value: Any, query: Any = None) -> Layers:
         value: a list in any spelling, or the name of a set.
         query: ``mm_vision_select_layer``; None means LLaVA-1.5's -2.
     """
-    if value in LAYER_SETS:
+    name = value.strip().lower() if isinstance(value, str) else None
+    if name in LAYER_SETS:
         query = -2 if query is None else parse_layers(query)
         if not isinstance(query, int):
             raise ValueError(
                 f"mm_fuser_layers={value} and mm_vision_select_layer={spell(query)} both name layers; "
                 f"give the query alone in mm_vision_select_layer, such as {query[-1]}"
             )
-        return query if value == "uniform" else LayerSet(value, query)
-    if isinstance(value, str) and re.fullmatch(r"[a-z]+", value.strip()):
+        return query if name == "uniform" else LayerSet(name, query)
+    if name and name.isalpha():
         raise ValueError(
             f"mm_fuser_layers={value!r} is not a set of layers; use {' or '.join(LAYER_SETS)}, or a list: {SPELLINGS}"
         )
@@ -224,10 +224,8 @@ class MMFuserConfig:
                 f"mm_fuser_projector={self.projector!r} is not allowed; use linear or mlpNx_gelu, such as mlp2x_gelu"
             )
         for name, allowed in (("fusion", FUSIONS), ("attention", ATTENTION_KINDS)):
-            if getattr(self, name) not in allowed:
-                raise ValueError(
-                    f"mm_fuser_{name}={getattr(self, name)!r} is not allowed; use {' or '.join(allowed)}"
-                )
+            if getattr(self, name) not in tuple(allowed):
+                raise ValueError(f"mm_fuser_{name}={getattr(self, name)!r} is not allowed; use {' or '.join(allowed)}")
         if not isinstance(self.self_attention, bool):
             raise ValueError(f"mm_fuser_self_attention={self.self_attention!r} is not allowed; use True or False")
         for name in ("num_heads", "num_points", "window_size"):
@@ -255,6 +253,25 @@ class MMFuserConfig:
             del of_kinds[self.attention]
         unused = tuple(name for names in of_kinds.values() for name in names)
         return unused if self.fusion == "mmfuser" else ("attention", "self_attention", "num_heads", *unused)
+
+    def refuse_useless(self, given: Dict[str, Any], arguments: Any = None) -> None:
+        """Raise ValueError for settings the user gave (without prefix) that mean nothing here, and for `ModelArguments`
+        that do not go together with this fusion."""
+        for name in self.without_effect:
+            if name in given:
+                cause = "attention" if self.fusion == "mmfuser" else "fusion"
+                raise ValueError(
+                    f"mm_fuser_{name}={given[name]} has no effect with mm_fuser_{cause}={getattr(self, cause)}; drop it"
+                )
+        lr = getattr(arguments, "mm_fuser_lr", None)
+        if lr is not None and self.fusion in FUSIONS_WITHOUT_WEIGHTS:
+            raise ValueError(f"mm_fuser_lr={lr} has no effect with mm_fuser_fusion={self.fusion}, which has no weights")
+        merge_type = getattr(arguments, "mm_patch_merge_type", "flat")
+        if self.fusion == "token_concat" and merge_type != "flat":
+            raise ValueError(
+                f"mm_patch_merge_type={merge_type} together with mm_fuser_fusion=token_concat is not supported, "
+                f"because its tokens are no single map; use flat"
+            )
 
     def summary(self) -> str:
         """Layers and fusion in a few words."""
@@ -414,14 +431,8 @@ def check_arguments(arguments: Any) -> None:
             )
         return
     settings = MMFuserConfig.from_llava(arguments)
-    for name in settings.without_effect:
-        if name in given:
-            cause = "attention" if settings.fusion == "mmfuser" else "fusion"
-            raise ValueError(
-                f"mm_fuser_{name}={given[name]} has no effect with mm_fuser_{cause}={getattr(settings, cause)}; drop it"
-            )
-    if lr is not None and settings.fusion in FUSIONS_WITHOUT_WEIGHTS:
-        raise ValueError(f"mm_fuser_lr={lr} has no effect with mm_fuser_fusion={settings.fusion}, which has no weights")
+    if {"fusion", "attention"} & set(given):  # else a checkpoint may say which
+        settings.refuse_useless(given, arguments)
     listed = arguments.mm_vision_select_layer
     if "layers" in given and isinstance(listed, tuple) and listed != given["layers"]:
         raise ValueError(

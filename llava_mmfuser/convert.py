@@ -167,6 +167,7 @@ def _upgrade_settings(
     if not isinstance(name, str):
         raise ValueError("config.json has no mm_vision_tower; give --vision-tower PATH")
     settings = MMFuserConfig(**given)
+    settings.refuse_useless(given)
     if not FUSIONS[settings.fusion]:
         allowed = " or ".join(name for name, is_identity in FUSIONS.items() if is_identity)
         raise ValueError(

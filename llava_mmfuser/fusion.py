@@ -13,7 +13,7 @@ from .config import MMFuserConfig
 from .fuser import MMFuser
 from .resettable import Resettable, ZeroLinear
 
-Layers = Sequence[torch.Tensor]
+Maps = Sequence[torch.Tensor]
 
 
 class SimpleFusion(nn.Module):
@@ -27,20 +27,20 @@ class SimpleFusion(nn.Module):
 
     def __init__(self, hidden_size: int, num_layers: int, out_features: int):
         super().__init__()
-        self.hidden_size, self.num_layers, self.out_features = hidden_size, num_layers, out_features
+        self.hidden_size, self.num_layers = hidden_size, num_layers
 
 
 class Mean(SimpleFusion):
     """The element-wise mean of all maps."""
 
-    def forward(self, layers: Layers) -> torch.Tensor:
+    def forward(self, layers: Maps) -> torch.Tensor:
         return sum(layers) / len(layers)
 
 
 class Sum(SimpleFusion):
     """The element-wise sum of all maps."""
 
-    def forward(self, layers: Layers) -> torch.Tensor:
+    def forward(self, layers: Maps) -> torch.Tensor:
         return sum(layers)
 
 
@@ -57,14 +57,14 @@ class WeightedSum(Resettable, SimpleFusion):
         self.scale.zero_()
         self.scale[-1] = 1
 
-    def forward(self, layers: Layers) -> torch.Tensor:
+    def forward(self, layers: Maps) -> torch.Tensor:
         return sum(layer * weight for layer, weight in zip(layers, self.scale.to(layers[-1].dtype).unbind()))
 
 
 class TokenConcat(SimpleFusion):
     """All maps as tokens of their own, shallow first: L times as many for the language model."""
 
-    def forward(self, layers: Layers) -> torch.Tensor:
+    def forward(self, layers: Maps) -> torch.Tensor:
         return torch.cat(list(layers), dim=1)
 
 
@@ -83,14 +83,14 @@ class ChannelConcat(SimpleFusion):
         """Channels beside the query's."""
         return (self.num_layers - 1) * self.hidden_size
 
-    def extra_channels(self, layers: Layers) -> torch.Tensor:
+    def extra_channels(self, layers: Maps) -> torch.Tensor:
         """They themselves: [B, N, extra_width]."""
         return torch.cat(list(layers[:-1]), dim=-1)
 
-    def forward(self, layers: Layers) -> torch.Tensor:
+    def forward(self, layers: Maps) -> torch.Tensor:
         return layers[-1].contiguous()  # as without a fusion: a matrix product's rounding depends on the strides
 
-    def to_first_layer(self, layers: Layers) -> torch.Tensor:
+    def to_first_layer(self, layers: Maps) -> torch.Tensor:
         """What the other maps add to the output of the projector's first layer: [B, N, out_features]."""
         return self.extra(self.extra_channels(layers))
 
@@ -105,7 +105,7 @@ class DenseChannel(ChannelConcat):
     def extra_width(self) -> int:
         return 2 * self.hidden_size
 
-    def extra_channels(self, layers: Layers) -> torch.Tensor:
+    def extra_channels(self, layers: Maps) -> torch.Tensor:
         half = len(layers) // 2
         return torch.cat([sum(layers[:half]) / half, sum(layers[half:]) / (len(layers) - half)], dim=-1)
 

@@ -27,6 +27,7 @@ from .checkpoint import (
 )
 from .config import (
     FUSIONS,
+    FUSIONS_WITHOUT_WEIGHTS,
     PROJECTOR_TYPE,
     MMFuserConfig,
     check_arguments,
@@ -93,12 +94,6 @@ def _initialize_vision_modules(original, self, model_args, fsdp=None):
         _refuse_layer_list(model_args)
         return original(self, model_args, fsdp=fsdp)
 
-    merge_type = getattr(model_args, "mm_patch_merge_type", "flat")
-    if getattr(model_args, "mm_fuser_fusion", None) == "token_concat" and merge_type != "flat":
-        raise ValueError(
-            f"mm_patch_merge_type={merge_type} together with mm_fuser_fusion=token_concat is not supported, because "
-            f"its tokens are no single map; use flat"
-        )
     if fsdp:
         raise ValueError(
             f"fsdp={fsdp} together with mm_projector_type={PROJECTOR_TYPE} is not supported; use DeepSpeed instead"
@@ -111,6 +106,7 @@ def _initialize_vision_modules(original, self, model_args, fsdp=None):
         settings, source = _resolve(model_args, tower.vision_tower_name if tower else model_args.vision_tower), None
         if projector is not None:
             settings = _existing_projector_settings(self.config, model_args, settings)
+    settings.refuse_useless(explicit_settings(model_args), model_args)
     adapter, model_args = model_args.pretrain_mm_mlp_adapter, copy.copy(model_args)
     model_args.pretrain_mm_mlp_adapter = None
     if projector is not None and not fused:
@@ -128,7 +124,7 @@ def _initialize_vision_modules(original, self, model_args, fsdp=None):
         weights = matching_adapter(adapter, settings, self.mm_projector.shapes(), vision_config)
         with trainer.gathered(self.mm_projector.parameters(), modifier_rank=0):
             self.mm_projector.load_state_dict(weights)
-        source = adapter if self.mm_projector.num_loaded else source
+        source = adapter if self.mm_projector.num_loaded or settings.fusion in FUSIONS_WITHOUT_WEIGHTS else source
     _report(self.mm_projector, settings, source)
 
 
@@ -466,7 +462,9 @@ def _kept_settings(model: Any, model_args: Any) -> MMFuserConfig:
     kept = MMFuserConfig.from_llava(model.config).resolve(model.get_vision_tower().config)
     given = explicit_settings(model_args)
     if "layers" in given:
-        given["layers"] = resolve_layers(given["layers"], model.get_vision_tower().config.num_hidden_layers)
+        given["layers"] = resolve_layers(
+            given["layers"], model.get_vision_tower().config.num_hidden_layers, layers_setting(model_args)
+        )
     for name, value in given.items():
         if value != getattr(kept, name):
             raise ValueError(
@@ -506,7 +504,8 @@ def _put_fuser_in_front(projector: Any, settings: MMFuserConfig, tower: Any) -> 
 
 def _report(projector: MMFuserProjector, settings: MMFuserConfig, source: Any, missing: Sequence[str] = ()) -> None:
     """One line: layers, attention, implementation, where the weights came from (None: nowhere), how many were there."""
-    device = next(projector.parameters()).device
+    like = next(projector.fuser.parameters(), next(projector.parameters()))
+    sampling = select_implementation(like.device, like.dtype)
     total = sum(1 for _ in projector.fuser.parameters())
     if total == 0:
         weights = "it has none"
@@ -522,7 +521,7 @@ def _report(projector: MMFuserProjector, settings: MMFuserConfig, source: Any, m
         logging.WARNING if missing else logging.INFO,
         "%s%s -> %s; fuser weights: %s",
         settings.summary(),
-        f" ({select_implementation(device)} on {device})" if "num_points" not in settings.without_effect else "",
+        f" ({sampling} on {like.device})" if "num_points" not in settings.without_effect else "",
         settings.projector,
         weights,
     )

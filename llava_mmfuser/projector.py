@@ -67,7 +67,9 @@ class MMFuserProjector(Resettable, nn.Module):
             )
         layers = features.unflatten(-1, (fuser.num_layers, fuser.hidden_size)).unbind(-2)
         tokens = features.shape[1]
-        has_cls = math.isqrt(tokens) ** 2 != tokens and math.isqrt(tokens - 1) ** 2 == tokens - 1
+        has_cls = math.isqrt(tokens) ** 2 != tokens
+        if has_cls and math.isqrt(tokens - 1) ** 2 != tokens - 1:
+            raise ValueError(f"{tokens} tokens are neither a square map nor one with CLS in front")
         patches = [layer[:, 1:] for layer in layers] if has_cls else layers
         fused = fuser(patches)
         if has_cls:

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from .checkpoint import differences, read_config, read_tensors, save_tensors
-from .config import PROJECTOR_TYPE, MMFuserConfig, spell
+from .config import FLAG_PREFIX, PROJECTOR_TYPE, MMFuserConfig, spell
 from .fusion import TokenConcat, WeightedSum
 from .projector import MMFuserProjector
 from .resettable import Gate, LayerNorm
@@ -195,9 +195,10 @@ def _check_same_settings(model: nn.Module, checkpoint: str) -> None:
     """Refuse to resume a checkpoint whose fuser has other layers or settings, which its shapes may not show."""
     config = read_config(checkpoint) or {}
     if find_projector(model) is not None and config.get("mm_projector_type") == PROJECTOR_TYPE:
-        before, now = (MMFuserConfig.from_llava(source).to_llava() for source in (config, model.config))
+        settings = MMFuserConfig.from_llava(model.config)
+        before, now = MMFuserConfig.from_llava(config).to_llava(), settings.to_llava()
         for name, value in before.items():
-            if value != now[name]:
+            if value != now[name] and name[len(FLAG_PREFIX) :] not in settings.without_effect:
                 raise ValueError(
                     f"{checkpoint} was trained with {name}={spell(value)}, but this run has {spell(now[name])}; resume "
                     f"with the flags of the interrupted run, or choose another output_dir"

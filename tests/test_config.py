@@ -157,9 +157,9 @@ def test_named_sets(blocks, query, expected):
 
 def test_named_sets_that_do_not_fit_or_do_not_exist_are_refused():
     tower = SimpleNamespace(hidden_size=1024, num_hidden_layers=4)
-    for name in ("shallow", "middle"):
-        given = SimpleNamespace(mm_fuser_layers=name, mm_vision_select_layer=3)
-        with pytest.raises(ValueError, match=f"mm_fuser_layers={name}: there is no {name} set of layers below .*3"):
+    for name, query in (("shallow", 3), ("middle", 3), ("middle", 4)):
+        given = SimpleNamespace(mm_fuser_layers=name, mm_vision_select_layer=query)
+        with pytest.raises(ValueError, match=f"mm_fuser_layers={name}: there is no {name} set of .*{query}"):
             MMFuserConfig.from_llava(given).resolve(tower)
     with pytest.raises(ValueError, match="mm_fuser_layers='deeper' is not a set of layers; use uniform or shallow or"):
         MMFuserConfig.from_llava(SimpleNamespace(mm_fuser_layers="deeper"))
@@ -172,7 +172,8 @@ def test_named_sets_that_do_not_fit_or_do_not_exist_are_refused():
     [
         (dict(mm_fuser_fusion="concat"), "mm_fuser_fusion='concat' is not allowed; use mmfuser or mean or sum or"),
         (dict(mm_fuser_attention="dense", mm_fuser_num_points=4), "mm_fuser_num_points=4 has no effect with .*=dense"),
-        (dict(mm_fuser_window_size=3), "mm_fuser_window_size=3 has no effect with mm_fuser_attention=deformable"),
+        (dict(mm_fuser_attention="deformable", mm_fuser_window_size=3), "mm_fuser_window_size=3 has no effect with"),
+        (dict(mm_fuser_fusion=["mean"]), "mm_fuser_fusion=.'mean'. is not allowed"),
         (dict(mm_fuser_fusion="mean", mm_fuser_num_heads=4), "mm_fuser_num_heads=4 has no effect with .*fusion=mean"),
         (dict(mm_fuser_fusion="sum", mm_fuser_lr=1e-4), "mm_fuser_lr=0.0001 has no effect with .*sum, which has no"),
     ],

@@ -492,6 +492,12 @@ REFUSED = [
     ("plain", ["upgrade", "--mm_fuser_projector", "linear"], {}, "projector is 'mlp2x_gelu'; drop the flag"),
     ("plain", ["upgrade", "--mm_fuser_layers", "3,9"], {}, "mm_fuser_layers=3,9: layer 9 does not exist"),
     ("plain", ["upgrade", "--mm_fuser_layers", "3,6"], {}, "ends at layer 6.* end the list with 7"),
+    (
+        "plain",
+        ["upgrade", "--mm_fuser_fusion", "weighted_sum", "--mm_fuser_num_heads", "8"],
+        {},
+        "mm_fuser_num_heads=8 has no effect with mm_fuser_fusion=weighted_sum",
+    ),
     ("plain", ["upgrade", "--mm_fuser_num_heads", "5"], {}, "mm_fuser_num_heads=5 does not divide"),
     ("plain", ["upgrade", "--vision-tower", "/no/tower"], {}, "'/no/tower' cannot be read.*--vision-tower"),
     ("plain", ["upgrade"], dict(mm_vision_tower=None), "no mm_vision_tower; give --vision-tower"),

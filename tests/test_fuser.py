@@ -106,6 +106,19 @@ def test_fresh_block_returns_the_query_layer_bit_for_bit(dtype):
     assert torch.equal(fuser(layers), layers[-1])
 
 
+def test_frozen_features_need_no_gradient_and_the_norms_learn_all_the_same():
+    """The norms' scale and shift go into the projections behind them, so what these read is as frozen as the tower."""
+    fuser = awake(MMFuser(16, 3, 4).double())
+    layers = [layer.detach() for layer in maps(3)]
+    read = []
+    for module in (fuser.cross_attn.value_proj, fuser.cross_attn.sampling_offsets, fuser.cross_attn.attention_weights):
+        module.register_forward_pre_hook(lambda module, inputs: read.append(inputs[0][0].requires_grad))
+    fuser(layers).square().sum().backward()
+    assert read == [False] * 3
+    for norm in (fuser.feat_norm, fuser.query_norm):
+        assert norm.weight.grad.abs().min() > 0 and norm.bias.grad.abs().min() > 0
+
+
 def test_parameter_count_at_width_1024_is_the_papers():
     assert sum(parameter.numel() for parameter in MMFuser(1024).parameters()) == 5_190_592
 

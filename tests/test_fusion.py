@@ -8,7 +8,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from test_training import answer
+from transformers import CLIPVisionConfig
 
+from llava_mmfuser.checkpoint import expected_shapes, matching_adapter
 from llava_mmfuser.config import FUSIONS, MMFuserConfig
 from llava_mmfuser.projector import MMFuserProjector
 
@@ -128,6 +130,7 @@ def test_trains_saves_reloads_and_answers_through_upstreams_scripts(world, tmp_p
     done = host.train(world, finetuned, "finetune", pretrain_mm_mlp_adapter=adapter, **flags)
     has_weights = any("fuser." in name for name in torch.load(adapter, map_location="cpu"))
     assert f"fuser weights: {f'from {adapter}' if has_weights else 'it has none'}" in done.stdout
+    assert "does not start as an identity" not in done.stdout, "it was trained by now"
     config = json.loads((finetuned / "config.json").read_text())
     assert config["mm_fuser_layers"] == [1, 2, 3, 4, 7] and config["mm_vision_select_layer"] == -2
     for name, value in flags.items():
@@ -165,6 +168,16 @@ def test_adapter_of_another_fusion_without_weights_is_refused(world, tmp_path):
         pretrain_mm_mlp_adapter=tmp_path / "llava-mean" / "mm_projector.bin",
     )
     assert done.returncode and "was trained with mm_fuser_fusion=mean, but this run has sum" in done.stdout
+    for fusion in ("mmfuser", "weighted_sum"):
+        settings = MMFuserConfig(layers=(3, 4, 5, 6, 7), fusion=fusion)
+        vision_config = CLIPVisionConfig.from_pretrained(world / "clip")
+        with pytest.raises(ValueError, match=f"mm_fuser_fusion=mean, but this run has {fusion}"):
+            matching_adapter(
+                str(tmp_path / "llava-mean" / "mm_projector.bin"),
+                settings,
+                expected_shapes(settings, vision_config.hidden_size, 64),
+                vision_config,
+            )
 
 
 @pytest.mark.deepspeed_cpu

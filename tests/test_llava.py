@@ -129,7 +129,7 @@ def test_cls_passes_the_fuser_unchanged():
     "features,message",
     [
         (torch.zeros(1, 9, 4 * 32), r"must be \[B, N, 5 \* 32\]"),
-        (torch.zeros(1, 6, 5 * 32), "6 tokens is not square"),
+        (torch.zeros(1, 6, 5 * 32), "6 tokens are neither a square map nor one with CLS"),
         (torch.zeros(9, 5 * 32), "must be"),
     ],
 )
@@ -333,6 +333,21 @@ def test_fusions_that_are_no_identity_say_so_in_front_of_a_released_checkpoint(w
 def test_tokens_of_several_layers_and_tiles_do_not_go_together(world):
     with pytest.raises(ValueError, match="mm_patch_merge_type=spatial_unpad together with .*token_concat"):
         model_with(world, mm_fuser_fusion="token_concat", mm_patch_merge_type="spatial_unpad")
+
+
+def test_second_finetune_judges_flags_by_the_checkpoints_kind(world):
+    model = model_with(world, mm_fuser_attention="window")
+    model.get_model().initialize_vision_modules(arguments(world, mm_fuser_window_size=3))
+    with pytest.raises(ValueError, match="mm_fuser_num_points=4 has no effect with mm_fuser_attention=window"):
+        model.get_model().initialize_vision_modules(arguments(world, mm_fuser_num_points=4))
+    model = model_with(world, mm_fuser_fusion="token_concat")
+    with pytest.raises(ValueError, match="mm_patch_merge_type=spatial_unpad together with .*token_concat"):
+        model.get_model().initialize_vision_modules(arguments(world, mm_patch_merge_type="spatial_unpad"))
+    import llava.train.llava_trainer  # noqa: F401  (mm_fuser_lr asks for it)
+
+    model = model_with(world, mm_fuser_fusion="mean")
+    with pytest.raises(ValueError, match="mm_fuser_lr=0.0001 has no effect with mm_fuser_fusion=mean"):
+        model.get_model().initialize_vision_modules(arguments(world, mm_fuser_lr=1e-4))
 
 
 def test_second_finetune_may_repeat_a_set_by_name_but_not_name_another(world):

@@ -4,6 +4,7 @@ import os
 
 import pytest
 import torch
+import torch.utils.checkpoint
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 _BEFORE = os.environ.get("TRITON_INTERPRET")
@@ -257,7 +258,16 @@ def test_right_kernels_pass_the_check_on_the_users_device(dtype, mode, fresh_che
     assert torch.equal(torch.get_rng_state(), before) and not caplog.records
 
 
-@pytest.mark.parametrize("fault", ["wrong output", "wrong gradient", "does not compile"])
+FAULTS = {
+    "output": "output deviates by",
+    "value": "value's gradient deviates by",
+    "offsets": "offsets' gradient deviates by",
+    "logits": "logits' gradient deviates by",
+    "compiler": "RuntimeError: ptxas exited with 255",
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
 def test_wrong_kernels_are_noticed_and_not_used(fault, fresh_check, monkeypatch, caplog):
     class Doubled(torch.autograd.Function):
         @staticmethod
@@ -269,21 +279,33 @@ def test_wrong_kernels_are_noticed_and_not_used(fault, fresh_check, monkeypatch,
             return 2 * grad
 
     def faulty(value, offsets, logits, grid):
-        if fault == "does not compile":
+        if fault == "compiler":
             raise RuntimeError("ptxas exited with 255")
-        out = deformable_sampling(value, offsets if fault == "wrong output" else Doubled.apply(offsets), logits, grid)
-        return out * 1.01 if fault == "wrong output" else out
+        tensors = {"value": value, "offsets": offsets, "logits": logits}
+        out = deformable_sampling(*(Doubled.apply(x) if name == fault else x for name, x in tensors.items()), grid)
+        return out + (0.01 * out).detach() if fault == "output" else out
 
     monkeypatch.setitem(ops.IMPLEMENTATIONS, "triton", faulty)
-    expected = {
-        "wrong output": "output deviates by",
-        "wrong gradient": "offsets' gradient deviates by",
-        "does not compile": "RuntimeError: ptxas exited with 255",
-    }[fault]
     for _ in range(2):
-        assert expected in ops.try_triton(torch.device(DEVICE), torch.float32, False)
+        assert FAULTS[fault] in ops.try_triton(torch.device(DEVICE), torch.float32, False)
     (record,) = caplog.records
     assert record.levelname == "WARNING" and "the sampling runs through F.grid_sample instead" in record.message
+
+
+def test_check_passes_wherever_the_first_forward_happens(fresh_check):
+    """Inside activation checkpointing, and with another default device."""
+    problems = []
+
+    def forward(x):
+        problems.append(ops.try_triton(torch.device(DEVICE), torch.float32, False))
+        return x * x
+
+    x = torch.randn(3, requires_grad=True)
+    torch.utils.checkpoint.checkpoint(forward, x, use_reentrant=False).sum().backward()
+    ops.try_triton.cache_clear()
+    with torch.device("meta"):
+        problems.append(ops.try_triton(torch.device(DEVICE), torch.float32, False))
+    assert problems == [None] * 3 and torch.allclose(x.grad, 2 * x)
 
 
 @pytest.mark.parametrize("problem,chosen", [(None, "triton"), ("it is wrong", "reference")])

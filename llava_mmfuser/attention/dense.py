@@ -20,7 +20,7 @@ class DenseAttention(nn.Module):
 
     def __init__(self, hidden_size: int, num_levels: int, num_heads: int):
         super().__init__()
-        self.num_levels, self.num_heads = num_levels, num_heads
+        self.num_heads = num_heads
         self.query_proj = Linear(hidden_size, hidden_size)
         self.key_proj = Linear(hidden_size, hidden_size)
         self.value_proj = Linear(hidden_size, hidden_size)

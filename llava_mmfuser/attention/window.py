@@ -4,17 +4,17 @@ from typing import Iterator, Tuple
 
 import torch
 import torch.nn.functional as F
-from torch import nn
 
-from ..resettable import Features, Linear
+from ..resettable import Features
+from .dense import DenseAttention
 
 
-class WindowAttention(nn.Module):
+class WindowAttention(DenseAttention):
     """Multi-head scaled dot-product attention of query (row, column) to the k x k cells around (row, column), k odd.
 
     All levels share one softmax. Cells outside the map do not exist: a query in a corner has fewer of them. No
     positions are encoded, so that within its window a query tells cells apart by their content only.
-    Computed in float32 for half types, projections aside.
+    Computed in float32 for half types, projections aside. The weights are those of `DenseAttention`.
 
     Args:
         hidden_size: feature width C.
@@ -24,12 +24,8 @@ class WindowAttention(nn.Module):
     """
 
     def __init__(self, hidden_size: int, num_levels: int, num_heads: int, window_size: int):
-        super().__init__()
-        self.num_levels, self.num_heads, self.window_size = num_levels, num_heads, window_size
-        self.query_proj = Linear(hidden_size, hidden_size)
-        self.key_proj = Linear(hidden_size, hidden_size)
-        self.value_proj = Linear(hidden_size, hidden_size)
-        self.output_proj = Linear(hidden_size, hidden_size)
+        super().__init__(hidden_size, num_levels, num_heads)
+        self.window_size = window_size
 
     def forward(self, query: Features, value: Features, grid: Tuple[int, int]) -> torch.Tensor:
         """Attend from query [B, H*W, C] to value [B, L*H*W, C], levels in order, on a grid (H, W): [B, H*W, C]."""
