@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from llava_mmfuser import MMFuser
+from llava_mmfuser.config import ATTENTION_KINDS
 
 # bf16 and fp16 against float64 on the same rounded inputs and weights: largest deviation relative to the largest value.
 HALF_TOLERANCE = {torch.bfloat16: 8e-3, torch.float16: 1e-3}
@@ -145,8 +146,9 @@ def test_initial_values_are_the_papers():
     assert fuser.cross_gate.scale.count_nonzero() == fuser.self_gate.scale.count_nonzero() == 0
 
 
-def test_training_wakes_the_gates_and_then_everything_learns():
-    fuser = MMFuser(16, 3, 4)
+@pytest.mark.parametrize("kind", ATTENTION_KINDS)
+def test_training_wakes_the_gates_and_then_everything_learns(kind):
+    fuser = MMFuser(16, 3, 4, attention=kind)
     layers, target = [layer.detach() for layer in maps(3, dtype=torch.float32)], torch.randn(2, 16, 16)
     before = {name: parameter.detach().clone() for name, parameter in fuser.named_parameters()}
     optimizer = torch.optim.Adam(fuser.parameters(), lr=1e-2)
