@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-# What `LayerNorm` returns: normalised features, and the scale and shift per channel that are still to be applied.
+# Normalised features, and the scale and shift per channel that are still to be applied; see `LayerNorm`.
 Normalized = Tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 Features = Union[torch.Tensor, Normalized]
 
@@ -52,10 +52,10 @@ class Linear(Resettable, nn.Module):
             self.bias.zero_()
 
     def forward(self, x: Features) -> torch.Tensor:
-        """Map [..., in_features], plain or as `LayerNorm` returns it, to [..., out_features].
+        """Map [..., in_features] to [..., out_features].
 
-        The scale and shift of a normalised input go into the weight and the bias. Their gradients then come from those
-        of the weight and bias, so that features of a frozen tower need no gradient at all.
+        The scale and shift of `Normalized` features go into the weight and the bias. Their gradients then come from
+        those of the weight and bias, so that frozen features need none (for ViT-L 5.7 of the backward's 19 GFLOP).
         """
         weight, bias = self.weight, self.bias
         if isinstance(x, tuple):
@@ -80,10 +80,11 @@ class ZeroLinear(Linear):
 
 
 class LayerNorm(Resettable, nn.LayerNorm):
-    """`torch.nn.LayerNorm` that leaves its scale and shift to the `Linear` behind it, and resets itself.
+    """`torch.nn.LayerNorm` whose weights may be wider than its input (float32 under bits 4/8) and that resets itself.
 
-    Returns `Normalized`: the features in the dtype of the input (autocast may pick another), and copies of weight and
-    bias, which outlast this module's forward where ZeRO-3 takes the parameters away again.
+    The output has the input's dtype, except under autocast, which picks it. Where it is trained on frozen features, it
+    leaves scale and shift to the `Linear` behind it and returns `Normalized`: copies of weight and bias, because they
+    have to outlast this module's forward, after which ZeRO-3 takes the parameters away.
     """
 
     @torch.no_grad()
@@ -91,8 +92,14 @@ class LayerNorm(Resettable, nn.LayerNorm):
         self.weight.fill_(1)
         self.bias.zero_()
 
-    def forward(self, x: torch.Tensor) -> Normalized:
-        return F.layer_norm(x, self.normalized_shape, eps=self.eps), self.weight.clone(), self.bias.clone()
+    def forward(self, x: torch.Tensor) -> Features:
+        if torch.is_grad_enabled() and self.weight.requires_grad and not x.requires_grad:
+            return F.layer_norm(x, self.normalized_shape, eps=self.eps), self.weight.clone(), self.bias.clone()
+        if x.dtype == self.weight.dtype:
+            return super().forward(x)
+        dtype = torch.promote_types(x.dtype, self.weight.dtype)
+        weight, bias = self.weight.to(dtype), self.bias.to(dtype)
+        return F.layer_norm(x.to(dtype), self.normalized_shape, weight, bias, self.eps).to(x.dtype)
 
 
 class Gate(Resettable, nn.Module):

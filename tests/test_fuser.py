@@ -39,16 +39,17 @@ def close(found, expected, limit):
     ],
     ids=["two maps", "odd batch", "five maps", "cross only", "far outside", "one cell"],
 )
+@pytest.mark.parametrize("frozen", [False, True], ids=["", "frozen tower"])
 def test_equals_the_equations_in_outputs_and_all_gradients(
-    num_layers, batch, side, heads, points, self_attention, spread
+    num_layers, batch, side, heads, points, self_attention, spread, frozen
 ):
     fuser = awake(MMFuser(16, num_layers, heads, points, self_attention=self_attention).double(), spread)
-    layers = maps(num_layers, batch, side)
+    layers = [layer.requires_grad_(not frozen) for layer in maps(num_layers, batch, side)]
     out = fuser(layers)
     expected = paper.mmfuser(layers, dict(fuser.named_parameters()), heads, points, self_attention)
     assert close(out, expected, 1e-9)
 
-    inputs = layers + list(fuser.parameters())
+    inputs = ([] if frozen else layers) + list(fuser.parameters())
     cotangent = torch.randn_like(out)
     found = torch.autograd.grad(out, inputs, cotangent)
     wanted = torch.autograd.grad(expected, inputs, cotangent, allow_unused=True)
@@ -60,11 +61,13 @@ def test_equals_the_equations_in_outputs_and_all_gradients(
 
 
 @pytest.mark.parametrize("dtype", list(HALF_TOLERANCE), ids=str)
+@pytest.mark.parametrize("training", [True, False], ids=["training", "answering"])
 @pytest.mark.fp16_cpu
-def test_half_types_stay_within_the_table(dtype):
+def test_half_types_stay_within_the_table(dtype, training):
     fuser = awake(MMFuser(64, 5, 4), spread=0.5, scale=0.1).to(dtype)  # as far as training moves it
     layers = [layer.detach().to(dtype) for layer in maps(5, side=6, width=64)]
-    out = fuser(layers)
+    with torch.set_grad_enabled(training):
+        out = fuser(layers)
     assert out.dtype == dtype
     expected = fuser.double()([layer.double() for layer in layers])
     assert close(out.double(), expected, HALF_TOLERANCE[dtype])
@@ -195,7 +198,10 @@ def test_norms_in_float32_and_the_rest_in_bfloat16_work():
         if "norm" in name:
             module.float()
     layers = [layer.detach().to(torch.bfloat16) for layer in maps(3)]
-    assert fuser(layers).dtype == torch.bfloat16
+    out = fuser(layers)
+    with torch.no_grad():  # another way through the norms
+        torch.testing.assert_close(fuser(layers), out, rtol=0.05, atol=0.05 * out.abs().max().item())
+    assert out.dtype == torch.bfloat16
     with torch.autocast("cpu", torch.bfloat16):
         assert fuser([layer.float() for layer in layers]).dtype == torch.float32
 
