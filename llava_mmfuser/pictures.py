@@ -9,6 +9,7 @@ from urllib.parse import unquote, urlsplit
 from PIL import Image
 
 TIMEOUT = 30  # seconds that a server may stay silent
+MARK = ".maps"  # before the ending of what is drawn, so that no picture is ever overwritten
 _URL = re.compile(r"https?://", re.IGNORECASE)
 
 
@@ -23,7 +24,8 @@ def expand(source: str) -> List[str]:
     Image.init()
     endings = {ending for ending, kind in Image.registered_extensions().items() if kind in Image.OPEN}
     names = [name for name in sorted(os.listdir(source)) if os.path.splitext(name)[1].lower() in endings]
-    files = [os.path.join(source, name) for name in names if not name.startswith(".")]
+    results = MARK + ".png"  # of an earlier run
+    files = [os.path.join(source, name) for name in names if not name.startswith(".") and not name.endswith(results)]
     if not files:
         raise ValueError(f"the folder {source} has no pictures (.png, .jpg or another ending that Pillow reads)")
     return files

@@ -9,7 +9,7 @@ from typing import Any, Callable, Iterator, List, NamedTuple, Optional, Sequence
 import numpy as np
 
 from .feature_maps import FeatureMaps, Model, feature_maps, read_model
-from .pictures import expand, output_names, read_picture
+from .pictures import MARK, expand, output_names, read_picture
 
 DEVIATIONS = 2  # standard deviations of a principal component between the middle and the end of its colour
 PERCENTILES = (2, 98)  # of the norms, at the ends of their scale: CLIP's deep layers have a few very long patches
@@ -46,7 +46,7 @@ def visualize(
 
     Args:
         images: files, folders or URLs, see `expand` and `read_picture`.
-        output: made if it is absent. A PNG is called as its picture, with -2, -3, … where several are called alike.
+        output: made if it is absent. Maps of NAME.jpg are NAME.maps.png, with -2, -3, … where several are called alike.
         at: ``x,y``, a point in pixels of every picture; shows where the query there samples.
         npz: write the arrays of `FeatureMaps.arrays` beside each PNG.
         model: arguments of `read_model`.
@@ -71,9 +71,13 @@ def visualize(
     os.makedirs(output, exist_ok=True)
     loaded = read_model(**model)
     yield from map(Outcome, loaded.notes)
+    inputs = set(map(os.path.realpath, sources))
     for source, name in zip(sources, output_names(sources)):
+        path = os.path.join(output, name + MARK)
         try:
-            yield Outcome(_one(loaded, source, os.path.join(output, name), point, npz))
+            if os.path.realpath(path + ".png") in inputs:
+                raise ValueError(f"its feature maps would overwrite {path}.png; choose another --output")
+            yield Outcome(_one(loaded, source, path, point, npz))
         except (OSError, ValueError) as error:
             yield Outcome(f"{source}: {error}", failed=True)
 
@@ -81,8 +85,6 @@ def visualize(
 def _one(model: Model, source: str, path: str, at: Optional[Tuple[float, float]], npz: bool) -> str:
     """Do one picture; `path` is that of the results, without their endings. Returns a line for the user."""
     file = path + ".png"
-    if os.path.exists(source) and os.path.exists(file) and os.path.samefile(source, file):
-        raise ValueError("its feature maps would overwrite it; choose another --output")
     maps = feature_maps(model, read_picture(source), at)
     figure = draw(maps, os.path.basename(source))
     with _beside(file) as stream:

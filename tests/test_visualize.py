@@ -2,6 +2,7 @@
 
 import http.server
 import json
+import os
 import shutil
 import sys
 import threading
@@ -91,8 +92,8 @@ def test_arrays_are_what_the_loaded_llava_computes(models, picture, cli, tmp_pat
     code, out, err = cli(
         "--model-path", models / "llava-fused", "--image", picture, "--output", tmp_path / "out", "--npz"
     )
-    assert (code, err) == (0, []) and out[-1] == str(tmp_path / "out" / "wide.png")
-    found = np.load(tmp_path / "out" / "wide.npz")
+    assert (code, err) == (0, []) and out[-1] == str(tmp_path / "out" / "wide.maps.png")
+    found = np.load(tmp_path / "out" / "wide.maps.npz")
     if loader == "LLaVA":
         model = load_pretrained_model(str(models / "llava-fused"), None, "llava-fused", device="cpu")[1].float()
     else:
@@ -171,7 +172,7 @@ def test_without_a_fuser_nothing_changes(models, picture, cli, tmp_path, name, l
         "--model-path", models / name, "--image", picture, "--output", tmp_path / "out", "--npz", *flags
     )
     assert (code, err) == (0, []) and "a fresh one is shown, which is the identity" in out[0] and len(out) == 2
-    found = np.load(tmp_path / "out" / "wide.npz")
+    found = np.load(tmp_path / "out" / "wide.maps.npz")
     assert not found["difference"].any() and np.array_equal(found["fused"], found["layers"][-1])
     assert found["indices"].tolist() == {None: LAYERS, "0,-3": [0, 6], "shallow": [1, 2, 3, 4, 7]}[layers]
 
@@ -341,7 +342,7 @@ def test_every_kind_and_fusion_is_drawn_with_what_it_has(world, models, cli, pic
     flags = ["--image", picture, "--output", tmp_path / "out", "--at", "5,5", "--npz"]
     code, out, err = cli("--model-path", tmp_path / "llava-other", *flags)
     assert (code, err) == (0, []) and note in " ".join(out)
-    found = np.load(tmp_path / "out" / "wide.npz")
+    found = np.load(tmp_path / "out" / "wide.maps.npz")
     assert {"samples", "fused", "difference"} - set(found) == absent
     if "fused" not in absent:
         layers = [torch.from_numpy(layer).flatten(0, 1)[None] for layer in found["layers"]]
@@ -371,8 +372,13 @@ def test_files_folders_and_urls_become_pictures_of_their_own(models, tmp_path, c
         code, out, err = cli("--model-path", models / "clip", "--output", tmp_path / "out", *images)
         server.shutdown()
     assert code == 1 and len(err) == 1 and "absent.png: it cannot be fetched: 404" in err[0]
-    assert [line.split("/")[-1] for line in out[1:]] == ["A.png", "a-2.png", "b.png", "a-3.png"]
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["A.png", "a-2.png", "a-3.png", "b.png"]
+    assert [line.split("/")[-1] for line in out[1:]] == ["A.maps.png", "a-2.maps.png", "b.maps.png", "a-3.maps.png"]
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
+        "A.maps.png",
+        "a-2.maps.png",
+        "a-3.maps.png",
+        "b.maps.png",
+    ]
     for path in (tmp_path / "out").iterdir():
         with Image.open(path) as image:
             assert image.format == "PNG" and image.width > 1500 and image.width > image.height > 500
@@ -399,7 +405,7 @@ def test_what_fails_is_one_line_and_the_others_are_done(models, picture, cli, tm
     images = [tmp_path / name for name in names] + [closed, picture]
     flags = ["--output", tmp_path / "out", "--at", "15,5"]
     code, out, err = cli("--model-path", models / "clip", "--image", *images, *flags)
-    assert code == 1 and out[1:] == [str(tmp_path / "out" / "wide.png")]
+    assert code == 1 and out[1:] == [str(tmp_path / "out" / "wide.maps.png")]
     assert all(line.startswith("python -m llava_mmfuser visualize: error: ") for line in err)
     reasons = {
         "empty": "has no pictures",
@@ -411,13 +417,27 @@ def test_what_fails_is_one_line_and_the_others_are_done(models, picture, cli, tm
     }
     assert len(err) == len(reasons)
     assert all(any(name in line and reason in line for line in err) for name, reason in reasons.items())
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["wide.png"]
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["wide.maps.png"]
 
 
-def test_a_picture_is_never_overwritten_by_its_maps(models, picture, cli):
-    before = picture.read_bytes()
-    code, _, err = cli("--model-path", models / "clip", "--image", picture, "--output", picture.parent)
-    assert code == 1 and "would overwrite it" in err[0] and picture.read_bytes() == before
+def test_no_picture_is_overwritten_and_maps_of_an_earlier_run_are_no_pictures(models, picture, cli):
+    folder = picture.parent / "pictures"
+    folder.mkdir()
+    for name in ("a.png", "a.jpg"):
+        photograph(40, 20).save(folder / name)
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    for _ in range(2):
+        code, out, err = cli("--model-path", models / "clip", "--image", folder, "--output", folder)
+        assert (code, err) == (0, [])
+        assert [os.path.basename(line) for line in out[1:]] == ["a.maps.png", "a-2.maps.png"]
+    assert {name: (folder / name).read_bytes() for name in before} == before
+
+    (folder / "b.maps.png").write_bytes(before["a.png"])
+    (folder / "b.png").write_bytes(before["a.png"])
+    flags = ["--image", folder / "b.maps.png", "--image", folder / "b.png", "--output", folder]
+    code, _, err = cli("--model-path", models / "clip", *flags)
+    assert code == 1 and "its feature maps would overwrite" in err[0]
+    assert (folder / "b.maps.png").read_bytes() == before["a.png"]
 
 
 def test_unfinished_files_are_not_left_behind(models, picture, cli, tmp_path, monkeypatch):
@@ -427,7 +447,9 @@ def test_unfinished_files_are_not_left_behind(models, picture, cli, tmp_path, mo
 
     monkeypatch.setattr("llava_mmfuser.visualize.np.savez", full)
     code, _, err = cli("--model-path", models / "clip", "--image", picture, "--output", tmp_path / "out", "--npz")
-    assert code == 1 and "No space left" in err[0] and [p.name for p in (tmp_path / "out").iterdir()] == ["wide.png"]
+    assert (
+        code == 1 and "No space left" in err[0] and [p.name for p in (tmp_path / "out").iterdir()] == ["wide.maps.png"]
+    )
 
 
 @pytest.mark.parametrize(
@@ -486,7 +508,7 @@ def test_missing_matplotlib_is_said(models, picture, cli, tmp_path, monkeypatch)
 def test_command_runs_on_its_own_and_offline(models, picture, tmp_path):
     command = [sys.executable, "-m", "llava_mmfuser", "visualize", "--image", picture, "--output", tmp_path / "out"]
     done = host.run([*command, "--model-path", models / "llava-fused", "--at", "20,10"])
-    assert done.stdout.splitlines()[-1] == str(tmp_path / "out" / "wide.png")
+    assert done.stdout.splitlines()[-1] == str(tmp_path / "out" / "wide.maps.png")
     done = host.run([*command, "--model-path", "someone/llava-of-no-one"], check=False)
     assert done.returncode == 1 and len(done.stdout.splitlines()) == 1
     assert "neither a folder on this machine nor a model that can be downloaded" in done.stdout
