@@ -46,7 +46,7 @@ run() { # name, requirements, pytest arguments
     fi
     echo "== $name: tests"
     OMP_NUM_THREADS=1 "$envs/$name/bin/python" -m pytest -n 2 --dist loadfile -p no:cacheprovider -ra --durations=5 "$@" \
-        tests/test_routes.py tests/test_trainer.py tests # the longest first, so that both workers end together
+        tests/test_{routes,trainer,fusion,evaluate}.py tests # the longest first, so that both workers end together
 }
 
 if [ "$stack" != pinned ]; then run new "$new" "$@"; fi
