@@ -358,6 +358,32 @@ def test_a_failed_chunk_names_its_log_keeps_the_others_and_other_suites_go_on(tm
     assert [row(output, title)[0] for title in ("GQA", "VizWiz", "SQA-I")] == ["20.0", "upload", "33.3"]
 
 
+@pytest.mark.parametrize("gpus", ["0", "0,1"])
+@pytest.mark.parametrize("why", ["retrained", "--force"])
+def test_stale_answers_never_pass_for_new_ones_and_are_kept_aside(tmp_path, checkout, checkpoint, gpus, why):
+    llava = counting(checkout, tmp_path / "LLaVA", body="")
+    data = tmp_path / "data"
+    benchmarks.gqa(data, "nobody")
+    arguments = (checkpoint, "gqa", "--data", data, "--llava", llava)
+    evaluate(*arguments, CUDA_VISIBLE_DEVICES=gpus)
+    merged = data / "gqa/answers/llava_gqa_testdev_balanced" / NAME / "merge.jsonl"
+    old = merged.read_text()
+    if why == "retrained":
+        os.utime(checkpoint / "config.json", (time.time() + 60, time.time() + 60))
+    entry = llava / "llava/eval/model_vqa_loader.py"
+    working = entry.read_text()
+    last = gpus[-1]
+    entry.write_text(working.replace('"no"', '"yes"') + f"\nif index == {last}: sys.exit('out of memory')")
+    output = evaluate(*arguments, *[why] * why.startswith("-"), CUDA_VISIBLE_DEVICES=gpus, code=1)
+    assert "GQA: answering: chunk 0 of 1 ended with exit code 1" in output
+    assert not merged.exists() and merged.with_name("merge.jsonl.old").read_text() == old
+    if why == "retrained":
+        os.utime(checkpoint / "config.json", (time.time() - 60, time.time() - 60))
+    entry.write_text(working.replace('"no"', '"yes"'))
+    evaluate(*arguments, CUDA_VISIBLE_DEVICES=gpus)
+    assert {json.loads(line)["text"] for line in merged.open()} == {"yes"}
+
+
 DRIFT = {
     "two checkpoints": ("python -m", "python -m x --model-path a/b\npython -m", "expected one literal --model-path"),
     "a variable": ("liuhaotian/llava-v1.5-13b", "$1", "expected one literal --model-path, found $1"),

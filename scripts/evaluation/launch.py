@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 from typing import Dict, List, Optional
 
-from progress import answer, chunk, why_not
+from progress import answer, chunk, set_aside, why_not
 
 
 def option(arguments: List[str], name: str) -> Optional[str]:
@@ -28,7 +28,11 @@ def replaced(arguments: List[str], name: str, value: str) -> List[str]:
 
 
 def infer(arguments: List[str], job: Dict) -> None:
-    """Run one inference command of a script. Raises ValueError where it is not the one that the suite's row expects."""
+    """Run one inference command of a script, unless an earlier command failed.
+
+    Whatever happens, no stale answers are left where the script's `cat` would pick them up.
+    Raises ValueError where the command fails, or is not the one that the suite's row expects.
+    """
     questions, target = (option(arguments, name) for name in ("--question-file", "--answers-file"))
     if questions is None or Path(questions).resolve() != Path(job["questions"]).resolve() or target is None:
         raise ValueError(
@@ -49,6 +53,10 @@ def infer(arguments: List[str], job: Dict) -> None:
         print(f"reusing {whole} for chunk {index} of {count}", flush=True)
         target.write_text("".join(chunk(whole.read_text().splitlines(keepends=True), count, index)))
         return
+    for file in (target, *map(Path, job["stale"])):
+        set_aside(file)
+    if Path(job["failures"]).exists():
+        return
     print(f"answering into {target}: {problem}", flush=True)
     arguments = replaced(arguments, "--model-path", job["checkpoint"])
     if job["base"]:
@@ -67,30 +75,25 @@ def infer(arguments: List[str], job: Dict) -> None:
         return
     gpus = [os.environ.get("CUDA_VISIBLE_DEVICES", "0")] if count > 1 else job["gpus"]
     answer(command, ids, target, gpus, changed)
-    for file in map(Path, job["stale"]):
-        if file.exists():
-            os.replace(file, file.with_name(file.name + ".old"))
 
 
 def main(arguments: List[str]) -> int:
     job = json.loads(Path(os.environ["EVALUATION_JOB"]).read_text())
     failures = Path(job["failures"])
-    if failures.exists():
-        return 1
     module = arguments[1] if arguments[0] == "-m" else arguments[0].replace("/", ".")
+    inference = "llava.eval.model_" in module
     try:
-        if "llava.eval.model_" in module:
+        if inference:
             infer(arguments, job)
-        else:
+        elif not failures.exists():
             code = subprocess.call([sys.executable, *arguments])
             if code:
                 raise ValueError(f"{' '.join(arguments)} ended with exit code {code}")
-    except ValueError as problem:
+    except (ValueError, OSError) as problem:
         with open(failures, "a") as record:
-            record.write(f"{problem}\n")
+            record.write(f"{'answering' if inference else 'scoring'}: {problem}\n")
         print(problem, flush=True)
-        return 1
-    return 0
+    return int(failures.exists())
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 from typing import Dict, List
 
-from progress import question_ids, read, why_not
+from progress import question_ids, read, set_aside, why_not
 from settings import Settings
 from suites import LlavaSuite
 
@@ -75,6 +75,8 @@ def run_script(suite: LlavaSuite, key: str, settings: Settings, log: Path) -> st
         )
     )
     answers.parent.mkdir(parents=True, exist_ok=True)
+    if why_not(answers, ids, float("inf") if settings.force else settings.changed):
+        set_aside(answers)
     if suite.upload:  # LLaVA's seed.sh and mmbench_cn.sh expect the folder
         (data / suite.upload.format(name=name)).parent.mkdir(parents=True, exist_ok=True)
     environment = dict(
@@ -89,7 +91,10 @@ def run_script(suite: LlavaSuite, key: str, settings: Settings, log: Path) -> st
         )
     text = log.read_text(errors="replace")
     if failures.exists():
-        raise ValueError(failures.read_text().splitlines()[0])
+        problems = failures.read_text().splitlines()
+        if suite.merged and any(problem.startswith("answering: ") for problem in problems):
+            answers.unlink(missing_ok=True)  # the script has put together whatever chunks there are
+        raise ValueError(problems[0])
     if code:
         raise ValueError(f"{script} ended with exit code {code}")
     problem = why_not(answers, ids)

@@ -62,6 +62,12 @@ def why_not(answers: Path, ids: Sequence[str], changed: float = 0) -> str:
     return ""
 
 
+def set_aside(file: Path) -> None:
+    """Give a file that must not be reused the ending .old, where nothing looks for it; do nothing if there is none."""
+    if file.exists():
+        os.replace(file, file.with_name(file.name + ".old"))
+
+
 def answer(
     command: Callable[[Path, int, int], List[str]],
     ids: Sequence[str],

@@ -41,6 +41,11 @@ class LlavaSuite(NamedTuple):
     variables: Sequence[str] = ()
     derived: Sequence[str] = ()
 
+    @property
+    def merged(self) -> bool:
+        """Whether the script asks for chunks and puts the answers together itself."""
+        return self.answers.endswith("/merge.jsonl")
+
 
 class OwnSuite(NamedTuple):
     """A benchmark that LLaVA lacks, answered by answering.py and scored here."""
