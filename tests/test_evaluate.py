@@ -85,6 +85,14 @@ def evaluate(*arguments, code=0, **environment):
     return done.stdout
 
 
+def adopt(data, checkpoint):
+    """Note that the answers that `data` came with are this checkpoint's."""
+    data.mkdir(exist_ok=True)
+    own = {"checkpoint": str(checkpoint), "base": None, "conv_mode": None}
+    suites = [make.__name__ for make in benchmarks.LLAVA] + ["ocrbench", "rec"]
+    (data / "evaluated_checkpoints.json").write_text(json.dumps({checkpoint.name: {key: own for key in suites}}))
+
+
 def results(data, name=NAME):
     found = json.loads((data / "results" / name / "results.json").read_text())
     return {result["suite"]: result for result in found["suites"]}
@@ -99,6 +107,7 @@ def row(output, title):
 
 def test_llavas_twelve_suites_are_scored_as_by_hand_from_finished_answers(tmp_path, checkout, checkpoint, modules):
     data = tmp_path / "data"
+    adopt(data, checkpoint)
     expected = {make.__name__: make(data, NAME) for make in benchmarks.LLAVA}
     output = evaluate(
         *(checkpoint, *expected, "--data", data, "--llava", checkout),
@@ -112,6 +121,7 @@ def test_llavas_twelve_suites_are_scored_as_by_hand_from_finished_answers(tmp_pa
         assert (result["status"], result.get("score")) == (status, pytest.approx(score, abs=0.01)), result
         assert sum(result["unparsed"].values()) == unparsed, result
         assert any("×" in note for note in result["notes"]) == bool(unparsed)
+        assert result["notes"][0].startswith("reused ") and " answers, made 20" in result["notes"][0]
         assert "answering into" not in (data / "results" / NAME / f"{suite}.log").read_text(), "answered again"
     assert row(output, "POPE") == ["66.7", "85.9", "86.3"]
     assert row(output, "MME") == ["125.0", "1510.7", "1479.7 (falls)"]
@@ -125,17 +135,20 @@ def test_llavas_twelve_suites_are_scored_as_by_hand_from_finished_answers(tmp_pa
 
 def test_table_shows_the_papers_13b_row_and_where_it_falls(tmp_path, checkout, checkpoint):
     data = tmp_path / "data"
+    adopt(data, checkpoint)
     benchmarks.ocrbench(data, NAME)
     asked = ("textvqa", "ocrbench", "--size", "13b")
     output = evaluate(checkpoint, *asked, "--data", data, "--llava", checkout, code=1)
     assert row(output, "TextVQA") == ["missing", "61.3", "59.9 (falls)"]
     assert row(output, "OCRBench") == ["3", "331", "343"]
     assert output.count("not measured here") == 1
+    assert output.count("OCRBench: reused 5 of 5 answers, made 20") == 1
     assert (data / "results" / NAME / "results.txt").read_text().strip() in output
 
 
 @pytest.mark.parametrize("layout", ["OCRBench.json", "OCRBench.jsonl"])
 def test_ocrbench_is_scored_by_its_own_rule(tmp_path, checkout, checkpoint, layout):
+    adopt(tmp_path, checkpoint)
     benchmarks.ocrbench(tmp_path, NAME, layout)
     evaluate(checkpoint, "ocrbench", "--data", tmp_path, "--llava", checkout)
     result = results(tmp_path)["ocrbench"]
@@ -147,6 +160,7 @@ def test_ocrbench_is_scored_by_its_own_rule(tmp_path, checkout, checkpoint, layo
 
 def test_missing_and_half_data_say_which_file_and_other_suites_run(tmp_path, checkout, checkpoint):
     data = tmp_path / "data"
+    adopt(data, checkpoint)
     for make in (benchmarks.pope, benchmarks.gqa, benchmarks.seed, benchmarks.ocrbench):
         make(data, NAME)
     benchmarks.refcoco(data, parts=2)
@@ -176,6 +190,7 @@ def test_missing_and_half_data_say_which_file_and_other_suites_run(tmp_path, che
 
 def test_broken_data_names_the_file_and_other_suites_run(tmp_path, checkout, checkpoint):
     data = tmp_path / "data"
+    adopt(data, checkpoint)
     for make in (benchmarks.pope, benchmarks.gqa, benchmarks.sqa, benchmarks.mmvet, benchmarks.ocrbench):
         make(data, NAME)
     benchmarks.refcoco(data)
@@ -227,12 +242,31 @@ def test_wrong_arguments_are_refused_before_anything_runs(tmp_path, checkpoint, 
 
 def test_answers_of_another_checkpoint_of_the_same_name_are_not_reused(tmp_path, checkout, checkpoint):
     data = tmp_path / "data"
+    adopt(data, checkpoint)
     benchmarks.ocrbench(data, NAME)
     evaluate(checkpoint, "ocrbench", "--data", data, "--llava", checkout)
     other = tmp_path / "other" / NAME
     shutil.copytree(checkpoint, other)
     output = evaluate(other, "ocrbench", "--data", data, "--llava", checkout, code=2)
     assert f"answers of that name below {data} are of {checkpoint}, not of {other}; give another --name" in output
+
+
+def test_answers_that_the_data_came_with_are_set_aside(tmp_path, counted, checkpoint):
+    benchmarks.gqa(tmp_path, NAME)
+    benchmarks.vizwiz(tmp_path, NAME)
+    theirs = [
+        tmp_path / "gqa/answers/llava_gqa_testdev_balanced" / NAME / "merge.jsonl",
+        tmp_path / "vizwiz/answers" / f"{NAME}.jsonl",
+    ]
+    before = [file.read_text() for file in theirs]
+    output = evaluate(checkpoint, "gqa", "vizwiz", "--data", tmp_path, "--llava", counted)
+    assert row(output, "GQA")[0] == "20.0" and "reused" not in output
+    assert [file.with_name(file.name + ".old").read_text() for file in theirs] == before
+    made = time.time() - 600
+    os.utime(theirs[1], (made, made))
+    output = evaluate(checkpoint, "gqa", "vizwiz", "--data", tmp_path, "--llava", counted)
+    when = time.strftime("%Y-%m-%d %H:%M", time.localtime(made))
+    assert "GQA: reused 5 of 5 answers" in output and f"VizWiz: reused 2 of 2 answers, made {when}" in output
 
 
 def counting(checkout, folder, body="return"):
@@ -327,9 +361,14 @@ def test_a_part_of_a_model_needs_its_base_which_reaches_the_entry_point(tmp_path
     evaluate(*arguments)
     assert "asked with vicuna_v1 None" in log(data, "gqa")
     (checkpoint / "mm_projector.bin").write_bytes(b"")
+    os.utime(checkpoint / "mm_projector.bin", (0, 0))
     assert "which holds mm_projector.bin and so is only a part: give its --base" in evaluate(*arguments, code=2)
     evaluate(*arguments, "--base", "lmsys/vicuna-7b-v1.5", "--conv-mode", "plain")
-    assert "asked with plain lmsys/vicuna-7b-v1.5" in log(data, "gqa"), "mm_projector.bin is newer than the answers"
+    assert "asked with plain lmsys/vicuna-7b-v1.5" in log(data, "gqa")
+    assert "reused" not in evaluate(*arguments, "--base", "lmsys/vicuna-7b-v1.5")
+    assert "asked with vicuna_v1 lmsys/vicuna-7b-v1.5" in log(data, "gqa")
+    output = evaluate(*arguments, "--base", "lmsys/vicuna-7b-v1.5")
+    assert "GQA: reused 5 of 5 answers, made 20" in output and "asked with" not in log(data, "gqa")
     (checkpoint / "pytorch_model-00001-of-00002.bin").write_bytes(b"")
     evaluate(*arguments)
     assert "asked with vicuna_v1 None" in log(data, "gqa"), "a released checkpoint is whole and holds one, too"
@@ -342,6 +381,7 @@ def test_a_failed_chunk_names_its_log_keeps_the_others_and_other_suites_go_on(tm
     data = tmp_path / "data"
     benchmarks.gqa(data, "nobody")
     benchmarks.vizwiz(data, "nobody")
+    adopt(data, checkpoint)
     benchmarks.sqa(data, NAME)
     asked = (checkpoint, "gqa", "vizwiz", "sqa", "--data", data, "--llava", broken)
     output = evaluate(*asked, code=1, CUDA_VISIBLE_DEVICES="0,1")
@@ -356,6 +396,7 @@ def test_a_failed_chunk_names_its_log_keeps_the_others_and_other_suites_go_on(tm
     entry.write_text(entry.read_text().replace("if index == 1:", asking))
     output = evaluate(*asked, CUDA_VISIBLE_DEVICES="0,1")
     assert [row(output, title)[0] for title in ("GQA", "VizWiz", "SQA-I")] == ["20.0", "upload", "33.3"]
+    assert "GQA: reused 3 of 5 answers" in output and "VizWiz: reused 1 of 2 answers" in output
 
 
 @pytest.mark.parametrize("gpus", ["0", "0,1"])
@@ -408,6 +449,7 @@ def test_a_script_that_drifted_is_an_error(tmp_path, counted, checkpoint, drift)
 
 
 def test_without_a_checkout_llavas_suites_are_missing_and_say_so(tmp_path, checkpoint):
+    adopt(tmp_path, checkpoint)
     benchmarks.vizwiz(tmp_path, NAME)
     benchmarks.ocrbench(tmp_path, NAME)
     installed = Path(host.train_py()).parents[2]

@@ -2,7 +2,8 @@
 
 LLaVA's own twelve run through scripts/v1_5/eval of your LLaVA checkout; OCRBench, region captioning and referring
 expressions (REC), which LLaVA lacks, through this folder. GPUs are taken from CUDA_VISIBLE_DEVICES (default 0), one
-process each. Finished answers that are newer than the checkpoint are reused; an unfinished file is answered again.
+process each. Finished answers of the same checkpoint and settings that are newer than it are reused, which the table
+says; others are set aside (.old). An unfinished file is answered again.
 Exit code: 0 if every suite asked for has a score or an upload file, 1 if one is missing or failed, 2 for bad arguments.
 """
 
@@ -14,9 +15,10 @@ import tempfile
 from pathlib import Path
 from typing import Dict, List, Optional
 
+from claims import claim
 from llava_scripts import prepare, run_script, unparsed
 from needs import missing, needs
-from progress import answer, read, why_not
+from progress import answer, read, reused_note, why_not
 from settings import Settings, resolve
 from suites import SUITES, LlavaSuite, OwnSuite
 from table import table
@@ -96,6 +98,7 @@ def evaluate(key: str, settings: Settings, scale: Optional[float]) -> Dict:
                 lacks.insert(0, f"{script} is missing: give --llava a checkout of github.com/haotian-liu/LLaVA")
         if lacks:
             return dict(result, status="missing", notes=lacks)
+        claim(key, settings.data, settings.name, settings.identity)
         if isinstance(suite, LlavaSuite):
             _llava_suite(suite, key, settings, log, result)
         else:
@@ -108,7 +111,7 @@ def evaluate(key: str, settings: Settings, scale: Optional[float]) -> Dict:
 
 
 def _llava_suite(suite: LlavaSuite, key: str, settings: Settings, log: Path, result: Dict) -> None:
-    output = run_script(suite, key, settings, log)
+    output, result["notes"] = run_script(suite, key, settings, log)
     result["unparsed"] = unparsed(suite, settings.data, settings.name)
     if suite.score:
         result.update(status="scored", score=suite.score(output))
@@ -129,13 +132,14 @@ def _own_suite(
         raise ValueError(f"{suite.files(settings.data / suite.folder)[0]} holds no question")
     changed = float("inf") if settings.force else settings.changed
     problem = why_not(target, ids, changed)
+    reused = [] if problem else [(len(ids), target.stat().st_mtime)]
     if problem:
         command = [str(HERE / "answering.py"), key, "--data", str(settings.data), "--model-path", settings.checkpoint]
         command += ["--model-base", settings.base] if settings.base else []
         command += ["--conv-mode", settings.conv_mode] if settings.conv_mode else []
         path = os.pathsep.join(filter(None, (str(settings.llava), os.environ.get("PYTHONPATH"))))
         with open(log, "w") as output:
-            answer(
+            reused = answer(
                 lambda part, count, index: [
                     *(sys.executable, *command, "--answers-file", str(part)),
                     *("--num-chunks", str(count), "--chunk-idx", str(index)),
@@ -149,6 +153,7 @@ def _own_suite(
             )
     scored = suite.scorer(read(target), settings.padded, scale) if key == "rec" else suite.scorer(read(target))
     result.update(scored, status="scored")
+    result["notes"] += reused_note(reused, len(ids))
 
 
 def listing(data: Path) -> str:

@@ -12,9 +12,9 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
-from typing import Dict, List
+from typing import Dict, List, Tuple
 
-from progress import question_ids, read, set_aside, why_not
+from progress import question_ids, read, reused_note, set_aside, why_not
 from settings import Settings
 from suites import LlavaSuite
 
@@ -46,15 +46,18 @@ def renamed(script: Path, name: str) -> str:
     return text.replace(theirs, name)
 
 
-def run_script(suite: LlavaSuite, key: str, settings: Settings, log: Path) -> str:
-    """Run the suite's script and return its output, which `log` keeps. Raises ValueError where anything failed."""
+def run_script(suite: LlavaSuite, key: str, settings: Settings, log: Path) -> Tuple[str, List[str]]:
+    """Run the suite's script; return its output, which `log` keeps, and what is to note about the answers.
+
+    Raises ValueError where anything failed.
+    """
     work, data, name = settings.work, settings.data, settings.name
     script = settings.llava / "scripts" / "v1_5" / "eval" / suite.script
     answers = data / suite.answers.format(name=name)
     ids = question_ids(data / suite.questions)
     if not ids:
         raise ValueError(f"{data / suite.questions} holds no question")
-    failures, copy, job = (work / f"{key}.{kind}" for kind in ("failures", "sh", "job.json"))
+    failures, reused, copy, job = (work / f"{key}.{kind}" for kind in ("failures", "reused.jsonl", "sh", "job.json"))
     copy.write_text(renamed(script, name), encoding="utf-8")
     job.write_text(
         json.dumps(
@@ -70,6 +73,7 @@ def run_script(suite: LlavaSuite, key: str, settings: Settings, log: Path) -> st
                 "answers": str(answers),
                 "ids": ids,
                 "failures": str(failures),
+                "reused": str(reused),
                 "stale": [str(data / path.format(name=name)) for path in suite.derived],
             }
         )
@@ -97,10 +101,14 @@ def run_script(suite: LlavaSuite, key: str, settings: Settings, log: Path) -> st
         raise ValueError(problems[0])
     if code:
         raise ValueError(f"{script} ended with exit code {code}")
-    problem = why_not(answers, ids)
+    problem = why_not(answers, ids) if reused.is_file() else "no inference command ran"
     if problem:
         raise ValueError(f"{script} has drifted: it ended without error, but {answers}: {problem}")
-    return text
+    kept = read(reused)
+    if sum(count for count, _ in kept) == len(ids):  # merging them has not made them newer
+        made = min(made for _, made in kept)
+        os.utime(answers, (made, made))
+    return text, reused_note(kept, len(ids))
 
 
 def unparsed(suite: LlavaSuite, data: Path, name: str) -> Dict[str, int]:

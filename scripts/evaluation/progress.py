@@ -6,8 +6,19 @@ import math
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
-from typing import IO, Callable, Dict, List, Optional, Sequence
+from typing import IO, Callable, Dict, List, Optional, Sequence, Tuple
+
+Reused = Tuple[int, float]  # so many answers of an earlier run, and when they were made
+
+
+def reused_note(reused: Sequence[Reused], total: int) -> List[str]:
+    """What a result says about answers that were not made now; nothing where there are none."""
+    if not any(count for count, _ in reused):
+        return []
+    oldest = time.strftime("%Y-%m-%d %H:%M", time.localtime(min(made for count, made in reused if count)))
+    return [f"reused {sum(count for count, _ in reused)} of {total} answers, made {oldest}"]
 
 
 def chunk(items: Sequence, count: int, index: int) -> Sequence:
@@ -76,11 +87,11 @@ def answer(
     changed: float,
     output: Optional[IO] = None,
     **environment: str,
-) -> None:
+) -> List[Reused]:
     """Run `command(answers, chunks, index)` once per GPU, each on its chunk, and put the chunks together in `target`.
 
     `ids`: of the questions, at least one. Never more chunks than there are chunks with questions. A chunk that an
-    earlier, interrupted run finished is kept.
+    earlier, interrupted run finished is kept, and returned.
     Raises ValueError where a process fails or leaves fewer answers than questions.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -96,6 +107,8 @@ def answer(
         for index, (part, gpu) in enumerate(zip(parts, gpus))
         if why_not(part, chunk(ids, count, index), changed)
     }
+    kept = [index for index in range(count) if index not in running]
+    reused = [(len(chunk(ids, count, index)), parts[index].stat().st_mtime) for index in kept]
     for process in running.values():
         process.wait()
     for index, part in enumerate(parts):
@@ -108,3 +121,4 @@ def answer(
     os.replace(whole, target)
     for part in parts:
         part.unlink()
+    return reused

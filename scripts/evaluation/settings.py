@@ -6,7 +6,9 @@ import json
 import os
 import re
 from pathlib import Path
-from typing import List, NamedTuple, Optional
+from typing import Dict, List, NamedTuple, Optional
+
+from claims import check
 
 
 class Settings(NamedTuple):
@@ -21,6 +23,11 @@ class Settings(NamedTuple):
     force: bool
     changed: float  # when the checkpoint's weights or config last changed; 0 for one on the hub
     work: Path  # temporary folder that LLaVA's scripts run in
+
+    @property
+    def identity(self) -> Dict[str, Optional[str]]:
+        """What answers must agree in to stand for one another, besides being newer than the checkpoint."""
+        return {"checkpoint": self.checkpoint, "base": self.base, "conv_mode": self.conv_mode}
 
     @property
     def padded(self) -> bool:
@@ -55,7 +62,7 @@ def resolve(options: argparse.Namespace, work: Path) -> Settings:
     if not data.is_dir():
         raise ValueError(f"--data is {data}: no such folder; make it and put the suites' data there (--list says what)")
     output = Path(options.output or data / "results" / name).expanduser().resolve()
-    _claim(data / "evaluated_checkpoints.json", name, checkpoint)
+    check(data, name, checkpoint)
     weights = [file for pattern in ("*.safetensors", "*.bin", "config.json") for file in local.glob(pattern)]
     return Settings(
         checkpoint=checkpoint,
@@ -84,17 +91,3 @@ def _llava(given: Optional[str]) -> Path:
     if spec is None or spec.origin is None:
         raise ValueError("LLaVA is not installed in this Python, and this is not its folder: give --llava DIR")
     return Path(spec.origin).resolve().parent.parent
-
-
-def _claim(record: Path, name: str, checkpoint: str) -> None:
-    """Note whose answers are filed under `name`, so that no other checkpoint of that name reuses them."""
-    owners = json.loads(record.read_text()) if record.is_file() else {}
-    if owners.get(name, checkpoint) != checkpoint:
-        raise ValueError(
-            f"--name is {name}: answers of that name below {record.parent} are of {owners[name]}, not of {checkpoint}; "
-            f"give another --name, or delete those answers and the entry in {record}"
-        )
-    owners[name] = checkpoint
-    fresh = record.with_name(record.name + ".partial")
-    fresh.write_text(json.dumps(owners, indent=1))
-    os.replace(fresh, record)
