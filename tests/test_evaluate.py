@@ -74,13 +74,13 @@ def checkpoint(tmp_path):
     return folder
 
 
-def evaluate(*arguments, code=0, **environment):
+def evaluate(*arguments, code=0, cwd=ROOT, **environment):
     """Run the real bash script; return what it printed. `environment` adds variables, None removes one."""
     env = host.environment(PYTHON=sys.executable, **environment)
     for name in ("OPENAI_API_KEY", "CUDA_VISIBLE_DEVICES"):
         if environment.get(name) is None:
             env.pop(name, None)
-    done = host.run(["bash", ROOT / "scripts" / "evaluate.sh", *arguments], check=False, env=env, cwd=ROOT)
+    done = host.run(["bash", ROOT / "scripts" / "evaluate.sh", *arguments], check=False, env=env, cwd=cwd)
     assert done.returncode == code, done.stdout[-6000:]
     return done.stdout
 
@@ -226,7 +226,11 @@ def test_list_names_every_suite_and_its_files(tmp_path):
     "arguments, problem",
     [
         ([], "CKPT is missing"),
-        (["no-such/folder/llava"], "CKPT is no-such/folder/llava: neither a folder nor a name on the hub"),
+        (["no-such/folder/llava"], "CKPT is no-such/folder/llava: no such folder, and no name on the hub"),
+        (["./llava-typo"], "CKPT is ./llava-typo: no such folder"),
+        (["~/llava-typo"], "CKPT is ~/llava-typo: no such folder"),
+        (["scripts/llava-typo"], "CKPT is scripts/llava-typo: no such folder"),
+        (["{checkpoint}", "--base", "../vicuna-typo"], "--base is ../vicuna-typo: no such folder"),
         (["{checkpoint}", "gqs"], "unknown suite gqs; there are vqav2, gqa"),
         (["lmsys/vicuna-7b-v1.5"], "its name lacks 'llava'"),
         (["{checkpoint}", "--name", "a/b"], "--name is a/b: letters, digits"),
@@ -373,7 +377,37 @@ def test_a_part_of_a_model_needs_its_base_which_reaches_the_entry_point(tmp_path
     evaluate(*arguments)
     assert "asked with vicuna_v1 None" in log(data, "gqa"), "a released checkpoint is whole and holds one, too"
     (checkpoint / "adapter_config.json").write_text("{}")
-    assert "its name lacks 'lora'" in evaluate(*arguments, "--base", "x", code=2)
+    assert "its name lacks 'lora'" in evaluate(*arguments, "--base", "lmsys/x", code=2)
+
+
+def test_a_relative_base_is_found_and_a_relative_tower_refused(tmp_path, counted, checkpoint):
+    data = tmp_path / "data"
+    benchmarks.gqa(data, "nobody")
+    (tmp_path / "vicuna").mkdir()
+    (tmp_path / "clip").mkdir()
+    arguments = (checkpoint, "gqa", "--data", data, "--llava", counted)
+    evaluate(*arguments, "--base", "vicuna", cwd=tmp_path)
+    assert f"asked with vicuna_v1 {tmp_path / 'vicuna'}" in log(data, "gqa")
+    (tmp_path / "vicuna/config.json").write_text("{}")
+    assert "reused" not in evaluate(*arguments, "--base", "./vicuna", cwd=tmp_path), "the base is newer"
+    (checkpoint / "config.json").write_text(json.dumps({"mm_vision_tower": "./clip"}))
+    output = evaluate(*arguments, cwd=tmp_path, code=2)
+    assert "has the mm_vision_tower ./clip, found from this folder, where LLaVA's scripts do not run" in output
+    assert f"write {tmp_path / 'clip'} there" in output
+    (tmp_path / "clip").rmdir()
+    evaluate(*arguments, cwd=tmp_path)
+
+
+def test_a_name_that_answered_nothing_is_free_for_another_checkpoint(tmp_path, counted, checkpoint):
+    data = tmp_path / "data"
+    benchmarks.gqa(data, "nobody")
+    typo = f"nobody/{NAME}"
+    broken = tmp_path / "LLaVA"
+    shutil.copytree(counted, broken, symlinks=True)
+    (broken / "llava/eval/model_vqa_loader.py").write_text("raise OSError('no such repository')")
+    evaluate(typo, "gqa", "--data", data, "--llava", broken, code=1)
+    evaluate(checkpoint, "gqa", "--data", data, "--llava", counted)
+    assert f"are of {checkpoint}, not of {typo}" in evaluate(typo, "gqa", "--data", data, "--llava", counted, code=2)
 
 
 def test_a_failed_chunk_names_its_log_keeps_the_others_and_other_suites_go_on(tmp_path, checkout, checkpoint):

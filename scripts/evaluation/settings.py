@@ -21,7 +21,7 @@ class Settings(NamedTuple):
     output: Path
     gpus: List[str]
     force: bool
-    changed: float  # when the checkpoint's weights or config last changed; 0 for one on the hub
+    changed: float  # when weights or config of the checkpoint or its base last changed; 0 for those on the hub
     work: Path  # temporary folder that LLaVA's scripts run in
 
     @property
@@ -38,10 +38,9 @@ class Settings(NamedTuple):
 
 def resolve(options: argparse.Namespace, work: Path) -> Settings:
     """Settings from the command line. Raises ValueError with what is wrong, what is allowed and what to do."""
-    local = Path(options.checkpoint).expanduser()
-    if not local.is_dir() and not re.fullmatch(r"[\w.-]+/[\w.-]+", options.checkpoint):
-        raise ValueError(f"CKPT is {options.checkpoint}: neither a folder nor a name on the hub (owner/name)")
-    checkpoint = os.path.abspath(local) if local.is_dir() else options.checkpoint
+    checkpoint = _model("CKPT", options.checkpoint)
+    base = _model("--base", options.base) if options.base else None
+    local = Path(checkpoint)
     path = checkpoint.split("/")
     loaded = "_".join(path[-2:]) if path[-1].startswith("checkpoint-") else path[-1]  # as LLaVA names a model
     if "llava" not in loaded.lower():
@@ -50,10 +49,11 @@ def resolve(options: argparse.Namespace, work: Path) -> Settings:
         )
     parts = [file for file in ("adapter_config.json", "mm_projector.bin") if (local / file).is_file()]
     whole = any(file for pattern in ("model*.safetensors", "pytorch_model*.bin") for file in local.glob(pattern))
-    if parts and not whole and not options.base:  # released checkpoints are whole and have an mm_projector.bin, too
+    if parts and not whole and not base:  # released checkpoints are whole and have an mm_projector.bin, too
         raise ValueError(f"CKPT is {checkpoint}, which holds {parts[0]} and so is only a part: give its --base")
     if "adapter_config.json" in parts and "lora" not in loaded.lower():
         raise ValueError(f"CKPT is {checkpoint}, a LoRA: its name lacks 'lora', by which LLaVA knows one; rename it")
+    _check_tower(local / "config.json")
     name = options.name or loaded
     if not re.fullmatch(r"[\w.-]+", name):
         raise ValueError(f"--name is {name}: letters, digits, '.', '_' and '-' only")
@@ -63,11 +63,13 @@ def resolve(options: argparse.Namespace, work: Path) -> Settings:
         raise ValueError(f"--data is {data}: no such folder; make it and put the suites' data there (--list says what)")
     output = Path(options.output or data / "results" / name).expanduser().resolve()
     check(data, name, checkpoint)
-    weights = [file for pattern in ("*.safetensors", "*.bin", "config.json") for file in local.glob(pattern)]
+    folders = [Path(part) for part in (checkpoint, base) if part and os.path.isabs(part)]
+    patterns = ("*.safetensors", "*.bin", "config.json")
+    weights = [file for folder in folders for pattern in patterns for file in folder.glob(pattern)]
     return Settings(
         checkpoint=checkpoint,
         name=name,
-        base=options.base,
+        base=base,
         conv_mode=options.conv_mode,
         data=data,
         llava=llava,
@@ -77,6 +79,26 @@ def resolve(options: argparse.Namespace, work: Path) -> Settings:
         changed=max((file.stat().st_mtime for file in weights), default=0.0),
         work=work,
     )
+
+
+def _model(setting: str, given: str) -> str:
+    """The full path of a folder, or a name on the hub. Raises ValueError where `given` is neither."""
+    folder = Path(given).expanduser()
+    if folder.is_dir():
+        return os.path.abspath(folder)
+    if not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", given) or folder.parent.is_dir():
+        raise ValueError(f"{setting} is {given}: no such folder, and no name on the hub (owner/name); check the path")
+    return given
+
+
+def _check_tower(config: Path) -> None:
+    """Raises ValueError where the vision tower is a folder that only the current folder's processes would find."""
+    tower = config.is_file() and json.loads(config.read_text()).get("mm_vision_tower")
+    if tower and not os.path.isabs(tower) and Path(tower).is_dir():
+        raise ValueError(
+            f"{config} has the mm_vision_tower {tower}, found from this folder, where LLaVA's scripts do not run; "
+            f"write {os.path.abspath(tower)} there, or the tower's name on the hub"
+        )
 
 
 def _llava(given: Optional[str]) -> Path:
