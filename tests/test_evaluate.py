@@ -1,8 +1,11 @@
 """scripts/evaluate.sh on every suite's file format in miniature; expected scores are worked out by hand."""
 
+import contextlib
 import json
 import os
 import shutil
+import signal
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -457,6 +460,51 @@ def test_stale_answers_never_pass_for_new_ones_and_are_kept_aside(tmp_path, chec
     entry.write_text(working.replace('"no"', '"yes"'))
     evaluate(*arguments, CUDA_VISIBLE_DEVICES=gpus)
     assert {json.loads(line)["text"] for line in merged.open()} == {"yes"}
+
+
+def alive(pid):
+    """Whether a process runs; one that ended and waits for its parent to ask does not."""
+    try:
+        return Path("/proc", pid, "stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("suite", ["gqa", "vizwiz", "ocrbench"])
+def test_an_interrupted_evaluation_leaves_no_process_behind(tmp_path, checkout, checkpoint, suite, number):
+    wait = "import os, time\nprint(os.getpid(), file=open({!r} + '/' + str(os.getpid()), 'w'))\ntime.sleep(300)"
+    started = tmp_path / "started"
+    started.mkdir()
+    llava = counting(checkout, tmp_path / "LLaVA", body=wait.format(str(started)))
+    (llava / "llava" / "constants.py").write_text(wait.format(str(started)))  # what answering.py imports first
+    data = tmp_path / "data"
+    for make in (benchmarks.gqa, benchmarks.vizwiz, benchmarks.ocrbench):
+        make(data, None)
+    command = ["bash", ROOT / "scripts/evaluate.sh", checkpoint, suite, "--data", data, "--llava", llava]
+    environment = host.environment(PYTHON=sys.executable, CUDA_VISIBLE_DEVICES="0,1")
+    evaluation = subprocess.Popen(
+        command,
+        env=environment,
+        start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a background job's tests ignore it
+    )
+    try:
+        deadline = time.monotonic() + 60
+        while len(list(started.iterdir())) < 2:
+            assert evaluation.poll() is None and time.monotonic() < deadline
+            time.sleep(0.05)
+        evaluation.send_signal(number)  # to it alone; a terminal's Ctrl-C reaches LLaVA's background jobs in vain
+        assert evaluation.wait(20) != 0
+        deadline = time.monotonic() + 10
+        while any(alive(file.name) for file in started.iterdir()):
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+    finally:
+        evaluation.kill()
+        for file in started.iterdir():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(int(file.name), signal.SIGKILL)
 
 
 DRIFT = {

@@ -18,6 +18,7 @@ from typing import Dict, List, Optional
 from claims import claim
 from llava_scripts import prepare, run_script, unparsed
 from needs import missing, needs
+from processes import exit_on_signals
 from progress import answer, read, reused_note, why_not
 from settings import Settings, resolve
 from suites import SUITES, LlavaSuite, OwnSuite
@@ -57,6 +58,7 @@ def main(argv: List[str]) -> int:
     unknown = [key for key in options.suites if key not in SUITES]
     if unknown:
         parser.error(f"unknown suite {', '.join(unknown)}; there are {', '.join(SUITES)}")
+    exit_on_signals()
     with tempfile.TemporaryDirectory(prefix="evaluate-") as work:
         try:
             settings = resolve(options, Path(work))

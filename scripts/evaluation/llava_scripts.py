@@ -5,6 +5,7 @@ The script of the user's checkout runs unchanged but for the name of its checkpo
 loops, chunks and paths are LLaVA's; a script that no longer fits is an error, never a wrong number.
 """
 
+import contextlib
 import json
 import os
 import re
@@ -14,6 +15,7 @@ import sys
 from pathlib import Path
 from typing import Dict, List, Tuple
 
+from processes import stopped_too
 from progress import question_ids, read, reused_note, set_aside, why_not
 from settings import Settings
 from suites import LlavaSuite
@@ -90,9 +92,17 @@ def run_script(suite: LlavaSuite, key: str, settings: Settings, log: Path) -> Tu
         CUDA_VISIBLE_DEVICES=",".join(settings.gpus),
     )
     with open(log, "w") as output:
-        code = subprocess.call(
-            [shutil.which("bash"), str(copy)], cwd=work, env=environment, stdout=output, stderr=subprocess.STDOUT
+        shell = subprocess.Popen(
+            [shutil.which("bash"), str(copy)],
+            cwd=work,
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,  # so that it is stopped together with what it started, in the background, too
         )
+        with stopped_too([shell], _signal_group):
+            code = shell.wait()
     text = log.read_text(errors="replace")
     if failures.exists():
         problems = failures.read_text().splitlines()
@@ -109,6 +119,11 @@ def run_script(suite: LlavaSuite, key: str, settings: Settings, log: Path) -> Tu
         made = min(made for _, made in kept)
         os.utime(answers, (made, made))
     return text, reused_note(kept, len(ids))
+
+
+def _signal_group(leader: subprocess.Popen, number: int) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(leader.pid, number)
 
 
 def unparsed(suite: LlavaSuite, data: Path, name: str) -> Dict[str, int]:

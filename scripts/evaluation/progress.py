@@ -10,6 +10,8 @@ import time
 from pathlib import Path
 from typing import IO, Callable, Dict, List, Optional, Sequence, Tuple
 
+from processes import stopped_too
+
 Reused = Tuple[int, float]  # so many answers of an earlier run, and when they were made
 
 
@@ -97,22 +99,23 @@ def answer(
     target.parent.mkdir(parents=True, exist_ok=True)
     count = math.ceil(len(ids) / math.ceil(len(ids) / len(gpus)))
     parts = [target.with_name(f"{target.name}.{count}_{index}.partial") for index in range(count)]
-    running = {
-        index: subprocess.Popen(
-            command(part, count, index),
-            env=dict(os.environ, CUDA_VISIBLE_DEVICES=gpu, **environment),
-            stdout=output,
-            stderr=output and subprocess.STDOUT,
-        )
-        for index, (part, gpu) in enumerate(zip(parts, gpus))
-        if why_not(part, chunk(ids, count, index), changed)
-    }
-    kept = [index for index in range(count) if index not in running]
+    waiting = [index for index, part in enumerate(parts) if why_not(part, chunk(ids, count, index), changed)]
+    kept = [index for index in range(count) if index not in waiting]
     reused = [(len(chunk(ids, count, index)), parts[index].stat().st_mtime) for index in kept]
-    for process in running.values():
-        process.wait()
+    running: List[subprocess.Popen] = []
+    with stopped_too(running):
+        for index in waiting:
+            running.append(
+                subprocess.Popen(
+                    command(parts[index], count, index),
+                    env=dict(os.environ, CUDA_VISIBLE_DEVICES=gpus[index], **environment),
+                    stdout=output,
+                    stderr=output and subprocess.STDOUT,
+                )
+            )
+        codes = {index: process.wait() for index, process in zip(waiting, running)}
     for index, part in enumerate(parts):
-        code = running[index].returncode if index in running else 0
+        code = codes.get(index, 0)
         problem = why_not(part, chunk(ids, count, index))
         if code or problem:
             raise ValueError(f"chunk {index} of {count} ended with exit code {code}; {part}: {problem or 'complete'}")
