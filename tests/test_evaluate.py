@@ -462,6 +462,16 @@ def test_stale_answers_never_pass_for_new_ones_and_are_kept_aside(tmp_path, chec
     assert {json.loads(line)["text"] for line in merged.open()} == {"yes"}
 
 
+def test_llavas_converters_import_the_checkouts_llava(tmp_path, checkout, checkpoint):
+    llava = counting(checkout, tmp_path / "LLaVA", body="")
+    data = tmp_path / "data"
+    benchmarks.vizwiz(data, "nobody")
+    convert = llava / "scripts/convert_vizwiz_for_submission.py"
+    convert.write_text("import llava\nprint('llava is', llava.__file__)\n" + convert.read_text())
+    evaluate(checkpoint, "vizwiz", "--data", data, "--llava", llava)
+    assert f"llava is {llava / 'llava/__init__.py'}" in log(data, "vizwiz")
+
+
 def alive(pid):
     """Whether a process runs; one that ended and waits for its parent to ask does not."""
     try:

@@ -139,7 +139,6 @@ def _own_suite(
         command = [str(HERE / "answering.py"), key, "--data", str(settings.data), "--model-path", settings.checkpoint]
         command += ["--model-base", settings.base] if settings.base else []
         command += ["--conv-mode", settings.conv_mode] if settings.conv_mode else []
-        path = os.pathsep.join(filter(None, (str(settings.llava), os.environ.get("PYTHONPATH"))))
         with open(log, "w") as output:
             reused = answer(
                 lambda part, count, index: [
@@ -151,7 +150,7 @@ def _own_suite(
                 settings.gpus,
                 changed,
                 output=output,
-                PYTHONPATH=path,
+                PYTHONPATH=settings.python_path,
             )
     scored = suite.scorer(read(target), settings.padded, scale) if key == "rec" else suite.scorer(read(target))
     result.update(scored, status="scored")

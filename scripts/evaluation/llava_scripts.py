@@ -89,6 +89,7 @@ def run_script(suite: LlavaSuite, key: str, settings: Settings, log: Path) -> Tu
         os.environ,
         EVALUATION_JOB=str(job),
         PATH=f"{work / 'bin'}{os.pathsep}{os.environ['PATH']}",
+        PYTHONPATH=settings.python_path,
         CUDA_VISIBLE_DEVICES=",".join(settings.gpus),
     )
     with open(log, "w") as output:

@@ -30,6 +30,11 @@ class Settings(NamedTuple):
         return {"checkpoint": self.checkpoint, "base": self.base, "conv_mode": self.conv_mode}
 
     @property
+    def python_path(self) -> str:
+        """PYTHONPATH with LLaVA's code in front: its converters import llava, but run from scripts/."""
+        return os.pathsep.join(filter(None, (str(self.llava), os.environ.get("PYTHONPATH"))))
+
+    @property
     def padded(self) -> bool:
         """Whether the checkpoint sees images padded to a square, as LLaVA-1.5 does."""
         config = Path(self.checkpoint) / "config.json"
