@@ -1,6 +1,7 @@
 """scripts/evaluate.sh on every suite's file format in miniature; expected scores are worked out by hand."""
 
 import contextlib
+import fcntl
 import json
 import os
 import shutil
@@ -460,6 +461,31 @@ def test_stale_answers_never_pass_for_new_ones_and_are_kept_aside(tmp_path, chec
     entry.write_text(working.replace('"no"', '"yes"'))
     evaluate(*arguments, CUDA_VISIBLE_DEVICES=gpus)
     assert {json.loads(line)["text"] for line in merged.open()} == {"yes"}
+
+
+def test_a_later_run_adds_to_the_table_what_is_of_the_same_checkpoint(tmp_path, counted, checkpoint):
+    for make in (benchmarks.gqa, benchmarks.vizwiz):
+        make(tmp_path, "nobody")
+    arguments = ("--data", tmp_path, "--llava", counted)
+    evaluate(checkpoint, "sqa", "gqa", *arguments, code=1)
+    output = evaluate(checkpoint, "vizwiz", *arguments)  # the exit code is about what was asked for now
+    assert list(results(tmp_path)) == ["gqa", "vizwiz", "sqa"]
+    assert [row(output, title)[0] for title in ("GQA", "VizWiz", "SQA-I")] == ["20.0", "upload", "missing"]
+    evaluate(checkpoint, "vizwiz", *arguments, "--conv-mode", "plain")
+    assert list(results(tmp_path)) == ["vizwiz"]
+    os.utime(checkpoint / "config.json")
+    evaluate(checkpoint, "gqa", *arguments)
+    assert list(results(tmp_path)) == ["gqa"], "retrained in between"
+
+
+def test_one_evaluation_at_a_time_per_data_folder(tmp_path, counted, checkpoint):
+    benchmarks.gqa(tmp_path, "nobody")
+    arguments = (checkpoint, "gqa", "--data", tmp_path, "--llava", counted)
+    with open(tmp_path / "evaluate.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        output = evaluate(*arguments, code=2)
+        assert f"--data is {tmp_path}: another evaluation" in output and f"holds {lock.name}; wait for it" in output
+    evaluate(*arguments)
 
 
 def test_llavas_converters_import_the_checkouts_llava(tmp_path, checkout, checkpoint):

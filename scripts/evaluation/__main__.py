@@ -8,6 +8,7 @@ Exit code: 0 if every suite asked for has a score or an upload file, 1 if one is
 """
 
 import argparse
+import contextlib
 import json
 import os
 import sys
@@ -15,7 +16,7 @@ import tempfile
 from pathlib import Path
 from typing import Dict, List, Optional
 
-from claims import claim
+from claims import check, claim, locked
 from llava_scripts import prepare, run_script, unparsed
 from needs import missing, needs
 from processes import exit_on_signals
@@ -59,32 +60,41 @@ def main(argv: List[str]) -> int:
     if unknown:
         parser.error(f"unknown suite {', '.join(unknown)}; there are {', '.join(SUITES)}")
     exit_on_signals()
-    with tempfile.TemporaryDirectory(prefix="evaluate-") as work:
+    with contextlib.ExitStack() as held:
         try:
-            settings = resolve(options, Path(work))
+            settings = resolve(options, Path(held.enter_context(tempfile.TemporaryDirectory(prefix="evaluate-"))))
+            lock = held.enter_context(locked(settings.data))
+            check(settings.data, settings.name, settings.checkpoint)
         except ValueError as problem:
             parser.error(str(problem))
-        return run(options, settings)
+        return run(options, settings._replace(lock=lock))
 
 
 def run(options: argparse.Namespace, settings: Settings) -> int:
-    """Evaluate every suite asked for, write the results and print the table; return the exit code."""
+    """Evaluate the suites asked for, write the results and print the table; return the exit code.
+
+    The table also has what earlier runs found for this checkpoint, unchanged since, with these settings.
+    """
     scale = None if options.box_scale == "pixels" else float(options.box_scale)
     settings.output.mkdir(parents=True, exist_ok=True)
     prepare(settings.work, settings.llava, settings.data)
-    results = []
-    for key in options.suites or SUITES:
+    asked = options.suites or list(SUITES)
+    of = dict(settings.identity, changed=settings.changed)
+    for key in asked:
         print(f"== {key} (log: {settings.output / key}.log)", flush=True)
-        results.append(evaluate(key, settings, scale))
-        write(settings.output / f"{key}.json", json.dumps(results[-1], indent=1))
-        print("\n".join(f"   {note}" for note in [results[-1]["status"], *results[-1]["notes"]]), flush=True)
+        result = dict(evaluate(key, settings, scale), of=of)
+        write(settings.output / f"{key}.json", json.dumps(result, indent=1))
+        print("\n".join(f"   {note}" for note in [result["status"], *result["notes"]]), flush=True)
+    files = [settings.output / f"{key}.json" for key in SUITES]
+    results = [json.loads(file.read_text(encoding="utf-8")) for file in files if file.is_file()]
+    results = [result for result in results if result.get("of") == of]  # earlier runs' too, but of this very checkpoint
     size = options.size or ("13b" if "13b" in options.checkpoint.lower() else "7b")
     text = table(results, settings.name, size)
     write(settings.output / "results.txt", text + "\n")
     everything = {"checkpoint": settings.checkpoint, "size": size, "suites": results}
     write(settings.output / "results.json", json.dumps(everything, indent=1))
     print(f"\n{text}\n\n{settings.output / 'results.json'}")
-    return 0 if all(result["status"] in ("scored", "upload") for result in results) else 1
+    return 0 if all(result["status"] in ("scored", "upload") for result in results if result["suite"] in asked) else 1
 
 
 def evaluate(key: str, settings: Settings, scale: Optional[float]) -> Dict:
@@ -150,6 +160,7 @@ def _own_suite(
                 settings.gpus,
                 changed,
                 output=output,
+                pass_fds=(settings.lock,),
                 PYTHONPATH=settings.python_path,
             )
     scored = suite.scorer(read(target), settings.padded, scale) if key == "rec" else suite.scorer(read(target))

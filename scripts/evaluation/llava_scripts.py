@@ -100,6 +100,7 @@ def run_script(suite: LlavaSuite, key: str, settings: Settings, log: Path) -> Tu
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=subprocess.STDOUT,
+            pass_fds=(settings.lock,),
             start_new_session=True,  # so that it is stopped together with what it started, in the background, too
         )
         with stopped_too([shell], _signal_group):

@@ -88,6 +88,7 @@ def answer(
     gpus: Sequence[str],
     changed: float,
     output: Optional[IO] = None,
+    pass_fds: Sequence[int] = (),
     **environment: str,
 ) -> List[Reused]:
     """Run `command(answers, chunks, index)` once per GPU, each on its chunk, and put the chunks together in `target`.
@@ -111,6 +112,7 @@ def answer(
                     env=dict(os.environ, CUDA_VISIBLE_DEVICES=gpus[index], **environment),
                     stdout=output,
                     stderr=output and subprocess.STDOUT,
+                    pass_fds=pass_fds,
                 )
             )
         codes = {index: process.wait() for index, process in zip(waiting, running)}

@@ -8,8 +8,6 @@ import re
 from pathlib import Path
 from typing import Dict, List, NamedTuple, Optional
 
-from claims import check
-
 
 class Settings(NamedTuple):
     checkpoint: str
@@ -23,6 +21,7 @@ class Settings(NamedTuple):
     force: bool
     changed: float  # when weights or config of the checkpoint or its base last changed; 0 for those on the hub
     work: Path  # temporary folder that LLaVA's scripts run in
+    lock: Optional[int] = None  # file descriptor that holds the data folder, for the processes that write there
 
     @property
     def identity(self) -> Dict[str, Optional[str]]:
@@ -67,7 +66,6 @@ def resolve(options: argparse.Namespace, work: Path) -> Settings:
     if not data.is_dir():
         raise ValueError(f"--data is {data}: no such folder; make it and put the suites' data there (--list says what)")
     output = Path(options.output or data / "results" / name).expanduser().resolve()
-    check(data, name, checkpoint)
     folders = [Path(part) for part in (checkpoint, base) if part and os.path.isabs(part)]
     patterns = ("*.safetensors", "*.bin", "config.json")
     weights = [file for folder in folders for pattern in patterns for file in folder.glob(pattern)]
