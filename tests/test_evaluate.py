@@ -93,7 +93,7 @@ def adopt(data, checkpoint):
     """Note that the answers that `data` came with are this checkpoint's."""
     data.mkdir(exist_ok=True)
     own = {"checkpoint": str(checkpoint), "base": None, "conv_mode": None}
-    suites = [make.__name__ for make in benchmarks.LLAVA] + ["ocrbench", "rec"]
+    suites = [make.__name__ for make in benchmarks.LLAVA] + ["ocrbench", "regioncap", "rec"]
     (data / "evaluated_checkpoints.json").write_text(json.dumps({checkpoint.name: {key: own for key in suites}}))
 
 
@@ -217,6 +217,34 @@ def test_broken_data_names_the_file_and_other_suites_run(tmp_path, checkout, che
     (data / "OCRBench/OCRBench.json").write_text("[]")
     output = evaluate(checkpoint, "ocrbench", "--data", data, "--llava", checkout, code=1)
     assert f"{data / 'OCRBench/OCRBench.json'} holds no question" in output
+
+
+def test_whatever_a_scorer_raises_fails_only_its_suite(tmp_path, checkout, checkpoint):
+    data = tmp_path / "data"
+    adopt(data, checkpoint)
+    benchmarks.pope(data, NAME)
+    about = [(split, index) for split in benchmarks.refcoco(data) for index in range(2)]
+    rows = [
+        {"question_id": f"{split}/{index}", "text": "dog", "metadata": {"split": split, "references": ["dog"]}}
+        for split, index in about
+    ]
+    benchmarks.lines(data / "refcoco/answers/regioncap" / f"{NAME}.jsonl", rows)
+    for module, text in (
+        ("cider/cider", "class Cider:\n    def compute_score(self, *_):\n        assert not 'a caption'"),
+        ("tokenizer/ptbtokenizer", "class PTBTokenizer:\n    def tokenize(self, texts):\n        return texts"),
+    ):
+        benchmarks.write(tmp_path / "modules/pycocoevalcap" / f"{module}.py", text)
+    benchmarks.write(tmp_path / "modules/pycocoevalcap/__init__.py", "")
+    benchmarks.write(tmp_path / "modules/java", "")
+    (tmp_path / "modules/java").chmod(0o755)
+    output = evaluate(
+        *(checkpoint, "regioncap", "pope", "--data", data, "--llava", checkout),
+        code=1,
+        PYTHONPATH=str(tmp_path / "modules"),
+        PATH=f"{tmp_path / 'modules'}{os.pathsep}{os.environ['PATH']}",
+    )
+    assert [row(output, title)[0] for title in ("Region captioning", "POPE")] == ["FAILED", "66.7"]
+    assert "Region captioning: AssertionError: " in output and "assert not 'a caption'" in log(data, "regioncap")
 
 
 def test_list_names_every_suite_and_its_files(tmp_path):

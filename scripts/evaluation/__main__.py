@@ -13,6 +13,7 @@ import json
 import os
 import sys
 import tempfile
+import traceback
 from pathlib import Path
 from typing import Dict, List, Optional
 
@@ -118,6 +119,10 @@ def evaluate(key: str, settings: Settings, scale: Optional[float]) -> Dict:
     except (ValueError, KeyError, OSError) as problem:  # failed commands, and data or answers that are not as expected
         reason = f"no {problem} in some record" if isinstance(problem, KeyError) else problem
         return dict(result, status="failed", notes=[f"{reason} (log: {log})" if log.is_file() else str(reason)])
+    except Exception as problem:  # a benchmark's scorer may raise anything
+        with open(log, "a") as output:
+            traceback.print_exc(file=output)
+        return dict(result, status="failed", notes=[f"{type(problem).__name__}: {problem} (log: {log})"])
     result["notes"] += [f"{count} × {kind}" for kind, count in result["unparsed"].items() if count]
     return result
 

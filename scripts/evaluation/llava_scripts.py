@@ -131,5 +131,5 @@ def _signal_group(leader: subprocess.Popen, number: int) -> None:
 def unparsed(suite: LlavaSuite, data: Path, name: str) -> Dict[str, int]:
     """How many answers the suite's scorer cannot read, by kind."""
     answers: List[Dict] = read(data / suite.answers.format(name=name))
-    bad = sum(not re.fullmatch(suite.valid, answer["text"]) for answer in answers)
+    bad = sum(not suite.valid(answer["text"]) for answer in answers)
     return {f"answer not as the scorer expects, of {len(answers)}": bad, **suite.extra(data, name)}
