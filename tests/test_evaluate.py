@@ -465,8 +465,7 @@ def test_a_failed_chunk_names_its_log_keeps_the_others_and_other_suites_go_on(tm
     assert "VizWiz: reused 2 of 2 answers" in output
 
 
-@pytest.mark.parametrize("gpus", ["0", "0,1"])
-@pytest.mark.parametrize("why", ["retrained", "--force"])
+@pytest.mark.parametrize("gpus, why", [("0", "retrained"), ("0,1", "retrained"), ("0,1", "--force")])
 def test_stale_answers_never_pass_for_new_ones_and_are_kept_aside(tmp_path, checkout, checkpoint, gpus, why):
     llava = counting(checkout, tmp_path / "LLaVA", body="")
     data = tmp_path / "data"
@@ -479,8 +478,7 @@ def test_stale_answers_never_pass_for_new_ones_and_are_kept_aside(tmp_path, chec
         os.utime(checkpoint / "config.json", (time.time() + 60, time.time() + 60))
     entry = llava / "llava/eval/model_vqa_loader.py"
     working = entry.read_text()
-    last = gpus[-1]
-    entry.write_text(working.replace('"no"', '"yes"') + f"\nif index == {last}: sys.exit('out of memory')")
+    entry.write_text(working.replace('"no"', '"yes"') + f"\nif index == {gpus[-1]}: sys.exit('out of memory')")
     output = evaluate(*arguments, *[why] * why.startswith("-"), CUDA_VISIBLE_DEVICES=gpus, code=1)
     assert "GQA: answering: chunk 0 of 1 ended with exit code 1" in output
     assert not merged.exists() and merged.with_name("merge.jsonl.old").read_text() == old
@@ -534,8 +532,9 @@ def alive(pid):
         return False
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-@pytest.mark.parametrize("suite", ["gqa", "vizwiz", "ocrbench"])
+@pytest.mark.parametrize(
+    "suite, number", [("gqa", signal.SIGINT), ("vizwiz", signal.SIGTERM), ("ocrbench", signal.SIGTERM)]
+)
 def test_an_interrupted_evaluation_leaves_no_process_behind(tmp_path, checkout, checkpoint, suite, number):
     wait = "import os, time\nprint(os.getpid(), file=open({!r} + '/' + str(os.getpid()), 'w'))\ntime.sleep(300)"
     started = tmp_path / "started"
