@@ -232,7 +232,7 @@ def mmvet(data, name):
     return "upload", None, 0
 
 
-LLAVA = [vqav2, gqa, vizwiz, sqa, textvqa, pope, mme, mmbench, mmbench_cn, seed, llavabench, mmvet]
+LLAVA = [vqav2, gqa, vizwiz, sqa, textvqa, pope, mme, mmbench, mmbench_cn, seed, mmvet, llavabench]
 
 
 def ocrbench(data, name=None, layout="OCRBench.json"):

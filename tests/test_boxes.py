@@ -1,6 +1,7 @@
 """Boxes in answers, and what RefCOCO's scores make of them; expected values are worked out by hand."""
 
 import math
+import os
 import shutil
 import sys
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "scripts" / "evaluation"))
 
 import refcoco  # noqa: E402
+import suites  # noqa: E402
 from boxes import iou, parse_box, to_pixels  # noqa: E402
 
 BOX = (0.25, 0.1, 0.5, 0.9)
@@ -139,6 +141,36 @@ def test_region_captions_get_cider_averaged_over_splits():
     assert float(result["parts"]["RefCOCO val"]) == pytest.approx(100 * first / 2, abs=0.06)
     assert result["score"] == pytest.approx((100 * first / 2 + 1000) / 2, abs=0.01)
     assert result["unparsed"] == {"empty answer": 1}
+
+
+def test_a_java_that_does_not_work_is_named(tmp_path, monkeypatch):
+    java = tmp_path / "java"
+    java.write_text("#!/bin/sh\nexit 1\n")
+    java.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    answers = [caption("RefCOCO val", text, "a brown dog") for text in ("a dog", "a cat")]
+    with pytest.raises(ValueError, match="java returned only some of the texts of RefCOCO val"):
+        refcoco.score_captions(answers)
+
+
+@pytest.mark.parametrize(
+    "suite, readable, unreadable",
+    [
+        (
+            "pope",
+            ["Yes", "yes.", "No", "No, it is a cat.", "There is not.", "no"],
+            ["NO", "A cat. So no", "No\nIt is", "", "No!"],  # read as a yes
+        ),
+        (
+            "sqa",
+            ["B", "B. blue", "The answer is B.", "I see. The answer is B, then"],
+            ["b", "B.", "F", "The answer is B. The answer is C.", "The answer is B"],
+        ),
+    ],
+)
+def test_unreadable_is_what_llavas_scorer_misreads(suite, readable, unreadable):
+    valid = suites.SUITES[suite].valid
+    assert [text for text in readable if not valid(text)] == [] == [text for text in unreadable if valid(text)]
 
 
 def test_questions_come_from_the_parquet_files_in_order(tmp_path):

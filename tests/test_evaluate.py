@@ -1,8 +1,12 @@
 """scripts/evaluate.sh on every suite's file format in miniature; expected scores are worked out by hand."""
 
+import contextlib
+import fcntl
 import json
 import os
 import shutil
+import signal
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -74,15 +78,23 @@ def checkpoint(tmp_path):
     return folder
 
 
-def evaluate(*arguments, code=0, **environment):
+def evaluate(*arguments, code=0, cwd=ROOT, **environment):
     """Run the real bash script; return what it printed. `environment` adds variables, None removes one."""
     env = host.environment(PYTHON=sys.executable, **environment)
     for name in ("OPENAI_API_KEY", "CUDA_VISIBLE_DEVICES"):
         if environment.get(name) is None:
             env.pop(name, None)
-    done = host.run(["bash", ROOT / "scripts" / "evaluate.sh", *arguments], check=False, env=env, cwd=ROOT)
+    done = host.run(["bash", ROOT / "scripts" / "evaluate.sh", *arguments], check=False, env=env, cwd=cwd)
     assert done.returncode == code, done.stdout[-6000:]
     return done.stdout
+
+
+def adopt(data, checkpoint):
+    """Note that the answers that `data` came with are this checkpoint's."""
+    data.mkdir(exist_ok=True)
+    own = {"checkpoint": str(checkpoint), "base": None, "conv_mode": None}
+    suites = [make.__name__ for make in benchmarks.LLAVA] + ["ocrbench", "regioncap", "rec"]
+    (data / "evaluated_checkpoints.json").write_text(json.dumps({checkpoint.name: {key: own for key in suites}}))
 
 
 def results(data, name=NAME):
@@ -99,6 +111,7 @@ def row(output, title):
 
 def test_llavas_twelve_suites_are_scored_as_by_hand_from_finished_answers(tmp_path, checkout, checkpoint, modules):
     data = tmp_path / "data"
+    adopt(data, checkpoint)
     expected = {make.__name__: make(data, NAME) for make in benchmarks.LLAVA}
     output = evaluate(
         *(checkpoint, *expected, "--data", data, "--llava", checkout),
@@ -112,6 +125,7 @@ def test_llavas_twelve_suites_are_scored_as_by_hand_from_finished_answers(tmp_pa
         assert (result["status"], result.get("score")) == (status, pytest.approx(score, abs=0.01)), result
         assert sum(result["unparsed"].values()) == unparsed, result
         assert any("×" in note for note in result["notes"]) == bool(unparsed)
+        assert result["notes"][0].startswith("reused ") and " answers, made 20" in result["notes"][0]
         assert "answering into" not in (data / "results" / NAME / f"{suite}.log").read_text(), "answered again"
     assert row(output, "POPE") == ["66.7", "85.9", "86.3"]
     assert row(output, "MME") == ["125.0", "1510.7", "1479.7 (falls)"]
@@ -125,17 +139,20 @@ def test_llavas_twelve_suites_are_scored_as_by_hand_from_finished_answers(tmp_pa
 
 def test_table_shows_the_papers_13b_row_and_where_it_falls(tmp_path, checkout, checkpoint):
     data = tmp_path / "data"
+    adopt(data, checkpoint)
     benchmarks.ocrbench(data, NAME)
     asked = ("textvqa", "ocrbench", "--size", "13b")
     output = evaluate(checkpoint, *asked, "--data", data, "--llava", checkout, code=1)
     assert row(output, "TextVQA") == ["missing", "61.3", "59.9 (falls)"]
     assert row(output, "OCRBench") == ["3", "331", "343"]
     assert output.count("not measured here") == 1
+    assert output.count("OCRBench: reused 5 of 5 answers, made 20") == 1
     assert (data / "results" / NAME / "results.txt").read_text().strip() in output
 
 
 @pytest.mark.parametrize("layout", ["OCRBench.json", "OCRBench.jsonl"])
 def test_ocrbench_is_scored_by_its_own_rule(tmp_path, checkout, checkpoint, layout):
+    adopt(tmp_path, checkpoint)
     benchmarks.ocrbench(tmp_path, NAME, layout)
     evaluate(checkpoint, "ocrbench", "--data", tmp_path, "--llava", checkout)
     result = results(tmp_path)["ocrbench"]
@@ -147,6 +164,7 @@ def test_ocrbench_is_scored_by_its_own_rule(tmp_path, checkout, checkpoint, layo
 
 def test_missing_and_half_data_say_which_file_and_other_suites_run(tmp_path, checkout, checkpoint):
     data = tmp_path / "data"
+    adopt(data, checkpoint)
     for make in (benchmarks.pope, benchmarks.gqa, benchmarks.seed, benchmarks.ocrbench):
         make(data, NAME)
     benchmarks.refcoco(data, parts=2)
@@ -176,6 +194,7 @@ def test_missing_and_half_data_say_which_file_and_other_suites_run(tmp_path, che
 
 def test_broken_data_names_the_file_and_other_suites_run(tmp_path, checkout, checkpoint):
     data = tmp_path / "data"
+    adopt(data, checkpoint)
     for make in (benchmarks.pope, benchmarks.gqa, benchmarks.sqa, benchmarks.mmvet, benchmarks.ocrbench):
         make(data, NAME)
     benchmarks.refcoco(data)
@@ -200,6 +219,34 @@ def test_broken_data_names_the_file_and_other_suites_run(tmp_path, checkout, che
     assert f"{data / 'OCRBench/OCRBench.json'} holds no question" in output
 
 
+def test_whatever_a_scorer_raises_fails_only_its_suite(tmp_path, checkout, checkpoint):
+    data = tmp_path / "data"
+    adopt(data, checkpoint)
+    benchmarks.pope(data, NAME)
+    about = [(split, index) for split in benchmarks.refcoco(data) for index in range(2)]
+    rows = [
+        {"question_id": f"{split}/{index}", "text": "dog", "metadata": {"split": split, "references": ["dog"]}}
+        for split, index in about
+    ]
+    benchmarks.lines(data / "refcoco/answers/regioncap" / f"{NAME}.jsonl", rows)
+    for module, text in (
+        ("cider/cider", "class Cider:\n    def compute_score(self, *_):\n        assert not 'a caption'"),
+        ("tokenizer/ptbtokenizer", "class PTBTokenizer:\n    def tokenize(self, texts):\n        return texts"),
+    ):
+        benchmarks.write(tmp_path / "modules/pycocoevalcap" / f"{module}.py", text)
+    benchmarks.write(tmp_path / "modules/pycocoevalcap/__init__.py", "")
+    benchmarks.write(tmp_path / "modules/java", "")
+    (tmp_path / "modules/java").chmod(0o755)
+    output = evaluate(
+        *(checkpoint, "regioncap", "pope", "--data", data, "--llava", checkout),
+        code=1,
+        PYTHONPATH=str(tmp_path / "modules"),
+        PATH=f"{tmp_path / 'modules'}{os.pathsep}{os.environ['PATH']}",
+    )
+    assert [row(output, title)[0] for title in ("Region captioning", "POPE")] == ["FAILED", "66.7"]
+    assert "Region captioning: AssertionError: " in output and "assert not 'a caption'" in log(data, "regioncap")
+
+
 def test_list_names_every_suite_and_its_files(tmp_path):
     output = evaluate("--list", "--data", tmp_path)
     for suite in [make.__name__ for make in benchmarks.LLAVA] + ["ocrbench", "regioncap", "rec"]:
@@ -211,7 +258,11 @@ def test_list_names_every_suite_and_its_files(tmp_path):
     "arguments, problem",
     [
         ([], "CKPT is missing"),
-        (["no-such/folder/llava"], "CKPT is no-such/folder/llava: neither a folder nor a name on the hub"),
+        (["no-such/folder/llava"], "CKPT is no-such/folder/llava: no such folder, and no name on the hub"),
+        (["./llava-typo"], "CKPT is ./llava-typo: no such folder"),
+        (["~/llava-typo"], "CKPT is ~/llava-typo: no such folder"),
+        (["scripts/llava-typo"], "CKPT is scripts/llava-typo: no such folder"),
+        (["{checkpoint}", "--base", "../vicuna-typo"], "--base is ../vicuna-typo: no such folder"),
         (["{checkpoint}", "gqs"], "unknown suite gqs; there are vqav2, gqa"),
         (["lmsys/vicuna-7b-v1.5"], "its name lacks 'llava'"),
         (["{checkpoint}", "--name", "a/b"], "--name is a/b: letters, digits"),
@@ -227,12 +278,31 @@ def test_wrong_arguments_are_refused_before_anything_runs(tmp_path, checkpoint, 
 
 def test_answers_of_another_checkpoint_of_the_same_name_are_not_reused(tmp_path, checkout, checkpoint):
     data = tmp_path / "data"
+    adopt(data, checkpoint)
     benchmarks.ocrbench(data, NAME)
     evaluate(checkpoint, "ocrbench", "--data", data, "--llava", checkout)
     other = tmp_path / "other" / NAME
     shutil.copytree(checkpoint, other)
     output = evaluate(other, "ocrbench", "--data", data, "--llava", checkout, code=2)
     assert f"answers of that name below {data} are of {checkpoint}, not of {other}; give another --name" in output
+
+
+def test_answers_that_the_data_came_with_are_set_aside(tmp_path, counted, checkpoint):
+    benchmarks.gqa(tmp_path, NAME)
+    benchmarks.vizwiz(tmp_path, NAME)
+    theirs = [
+        tmp_path / "gqa/answers/llava_gqa_testdev_balanced" / NAME / "merge.jsonl",
+        tmp_path / "vizwiz/answers" / f"{NAME}.jsonl",
+    ]
+    before = [file.read_text() for file in theirs]
+    output = evaluate(checkpoint, "gqa", "vizwiz", "--data", tmp_path, "--llava", counted)
+    assert row(output, "GQA")[0] == "20.0" and "reused" not in output
+    assert [file.with_name(file.name + ".old").read_text() for file in theirs] == before
+    made = time.time() - 600
+    os.utime(theirs[1], (made, made))
+    output = evaluate(checkpoint, "gqa", "vizwiz", "--data", tmp_path, "--llava", counted)
+    when = time.strftime("%Y-%m-%d %H:%M", time.localtime(made))
+    assert "GQA: reused 5 of 5 answers" in output and f"VizWiz: reused 2 of 2 answers, made {when}" in output
 
 
 def counting(checkout, folder, body="return"):
@@ -327,14 +397,49 @@ def test_a_part_of_a_model_needs_its_base_which_reaches_the_entry_point(tmp_path
     evaluate(*arguments)
     assert "asked with vicuna_v1 None" in log(data, "gqa")
     (checkpoint / "mm_projector.bin").write_bytes(b"")
+    os.utime(checkpoint / "mm_projector.bin", (0, 0))
     assert "which holds mm_projector.bin and so is only a part: give its --base" in evaluate(*arguments, code=2)
     evaluate(*arguments, "--base", "lmsys/vicuna-7b-v1.5", "--conv-mode", "plain")
-    assert "asked with plain lmsys/vicuna-7b-v1.5" in log(data, "gqa"), "mm_projector.bin is newer than the answers"
+    assert "asked with plain lmsys/vicuna-7b-v1.5" in log(data, "gqa")
+    assert "reused" not in evaluate(*arguments, "--base", "lmsys/vicuna-7b-v1.5")
+    assert "asked with vicuna_v1 lmsys/vicuna-7b-v1.5" in log(data, "gqa")
+    output = evaluate(*arguments, "--base", "lmsys/vicuna-7b-v1.5")
+    assert "GQA: reused 5 of 5 answers, made 20" in output and "asked with" not in log(data, "gqa")
     (checkpoint / "pytorch_model-00001-of-00002.bin").write_bytes(b"")
     evaluate(*arguments)
     assert "asked with vicuna_v1 None" in log(data, "gqa"), "a released checkpoint is whole and holds one, too"
     (checkpoint / "adapter_config.json").write_text("{}")
-    assert "its name lacks 'lora'" in evaluate(*arguments, "--base", "x", code=2)
+    assert "its name lacks 'lora'" in evaluate(*arguments, "--base", "lmsys/x", code=2)
+
+
+def test_a_relative_base_is_found_and_a_relative_tower_refused(tmp_path, counted, checkpoint):
+    data = tmp_path / "data"
+    benchmarks.gqa(data, "nobody")
+    (tmp_path / "vicuna").mkdir()
+    (tmp_path / "clip").mkdir()
+    arguments = (checkpoint, "gqa", "--data", data, "--llava", counted)
+    evaluate(*arguments, "--base", "vicuna", cwd=tmp_path)
+    assert f"asked with vicuna_v1 {tmp_path / 'vicuna'}" in log(data, "gqa")
+    (tmp_path / "vicuna/config.json").write_text("{}")
+    assert "reused" not in evaluate(*arguments, "--base", "./vicuna", cwd=tmp_path), "the base is newer"
+    (checkpoint / "config.json").write_text(json.dumps({"mm_vision_tower": "./clip"}))
+    output = evaluate(*arguments, cwd=tmp_path, code=2)
+    assert "has the mm_vision_tower ./clip, found from this folder, where LLaVA's scripts do not run" in output
+    assert f"write {tmp_path / 'clip'} there" in output
+    (tmp_path / "clip").rmdir()
+    evaluate(*arguments, cwd=tmp_path)
+
+
+def test_a_name_that_answered_nothing_is_free_for_another_checkpoint(tmp_path, counted, checkpoint):
+    data = tmp_path / "data"
+    benchmarks.gqa(data, "nobody")
+    typo = f"nobody/{NAME}"
+    broken = tmp_path / "LLaVA"
+    shutil.copytree(counted, broken, symlinks=True)
+    (broken / "llava/eval/model_vqa_loader.py").write_text("raise OSError('no such repository')")
+    evaluate(typo, "gqa", "--data", data, "--llava", broken, code=1)
+    evaluate(checkpoint, "gqa", "--data", data, "--llava", counted)
+    assert f"are of {checkpoint}, not of {typo}" in evaluate(typo, "gqa", "--data", data, "--llava", counted, code=2)
 
 
 def test_a_failed_chunk_names_its_log_keeps_the_others_and_other_suites_go_on(tmp_path, checkout, checkpoint):
@@ -342,6 +447,7 @@ def test_a_failed_chunk_names_its_log_keeps_the_others_and_other_suites_go_on(tm
     data = tmp_path / "data"
     benchmarks.gqa(data, "nobody")
     benchmarks.vizwiz(data, "nobody")
+    adopt(data, checkpoint)
     benchmarks.sqa(data, NAME)
     asked = (checkpoint, "gqa", "vizwiz", "sqa", "--data", data, "--llava", broken)
     output = evaluate(*asked, code=1, CUDA_VISIBLE_DEVICES="0,1")
@@ -356,6 +462,112 @@ def test_a_failed_chunk_names_its_log_keeps_the_others_and_other_suites_go_on(tm
     entry.write_text(entry.read_text().replace("if index == 1:", asking))
     output = evaluate(*asked, CUDA_VISIBLE_DEVICES="0,1")
     assert [row(output, title)[0] for title in ("GQA", "VizWiz", "SQA-I")] == ["20.0", "upload", "33.3"]
+    assert "VizWiz: reused 2 of 2 answers" in output
+
+
+@pytest.mark.parametrize("gpus, why", [("0", "retrained"), ("0,1", "retrained"), ("0,1", "--force")])
+def test_stale_answers_never_pass_for_new_ones_and_are_kept_aside(tmp_path, checkout, checkpoint, gpus, why):
+    llava = counting(checkout, tmp_path / "LLaVA", body="")
+    data = tmp_path / "data"
+    benchmarks.gqa(data, "nobody")
+    arguments = (checkpoint, "gqa", "--data", data, "--llava", llava)
+    evaluate(*arguments, CUDA_VISIBLE_DEVICES=gpus)
+    merged = data / "gqa/answers/llava_gqa_testdev_balanced" / NAME / "merge.jsonl"
+    old = merged.read_text()
+    if why == "retrained":
+        os.utime(checkpoint / "config.json", (time.time() + 60, time.time() + 60))
+    entry = llava / "llava/eval/model_vqa_loader.py"
+    working = entry.read_text()
+    entry.write_text(working.replace('"no"', '"yes"') + f"\nif index == {gpus[-1]}: sys.exit('out of memory')")
+    output = evaluate(*arguments, *[why] * why.startswith("-"), CUDA_VISIBLE_DEVICES=gpus, code=1)
+    assert "GQA: answering: chunk 0 of 1 ended with exit code 1" in output
+    assert not merged.exists() and merged.with_name("merge.jsonl.old").read_text() == old
+    if why == "retrained":
+        os.utime(checkpoint / "config.json", (time.time() - 60, time.time() - 60))
+    entry.write_text(working.replace('"no"', '"yes"'))
+    evaluate(*arguments, CUDA_VISIBLE_DEVICES=gpus)
+    assert {json.loads(line)["text"] for line in merged.open()} == {"yes"}
+
+
+def test_a_later_run_adds_to_the_table_what_is_of_the_same_checkpoint(tmp_path, counted, checkpoint):
+    for make in (benchmarks.gqa, benchmarks.vizwiz):
+        make(tmp_path, "nobody")
+    arguments = ("--data", tmp_path, "--llava", counted)
+    evaluate(checkpoint, "sqa", "gqa", *arguments, code=1)
+    output = evaluate(checkpoint, "vizwiz", *arguments)  # the exit code is about what was asked for now
+    assert list(results(tmp_path)) == ["gqa", "vizwiz", "sqa"]
+    assert [row(output, title)[0] for title in ("GQA", "VizWiz", "SQA-I")] == ["20.0", "upload", "missing"]
+    evaluate(checkpoint, "vizwiz", *arguments, "--conv-mode", "plain")
+    assert list(results(tmp_path)) == ["vizwiz"]
+    os.utime(checkpoint / "config.json")
+    evaluate(checkpoint, "gqa", *arguments)
+    assert list(results(tmp_path)) == ["gqa"], "retrained in between"
+
+
+def test_one_evaluation_at_a_time_per_data_folder(tmp_path, counted, checkpoint):
+    benchmarks.gqa(tmp_path, "nobody")
+    arguments = (checkpoint, "gqa", "--data", tmp_path, "--llava", counted)
+    with open(tmp_path / "evaluate.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        output = evaluate(*arguments, code=2)
+        assert f"--data is {tmp_path}: another evaluation" in output and f"holds {lock.name}; wait for it" in output
+    evaluate(*arguments)
+
+
+def test_llavas_converters_import_the_checkouts_llava(tmp_path, checkout, checkpoint):
+    llava = counting(checkout, tmp_path / "LLaVA", body="")
+    data = tmp_path / "data"
+    benchmarks.vizwiz(data, "nobody")
+    convert = llava / "scripts/convert_vizwiz_for_submission.py"
+    convert.write_text("import llava\nprint('llava is', llava.__file__)\n" + convert.read_text())
+    evaluate(checkpoint, "vizwiz", "--data", data, "--llava", llava)
+    assert f"llava is {llava / 'llava/__init__.py'}" in log(data, "vizwiz")
+
+
+def alive(pid):
+    """Whether a process runs; one that ended and waits for its parent to ask does not."""
+    try:
+        return Path("/proc", pid, "stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+@pytest.mark.parametrize(
+    "suite, number", [("gqa", signal.SIGINT), ("vizwiz", signal.SIGTERM), ("ocrbench", signal.SIGTERM)]
+)
+def test_an_interrupted_evaluation_leaves_no_process_behind(tmp_path, checkout, checkpoint, suite, number):
+    wait = "import os, time\nprint(os.getpid(), file=open({!r} + '/' + str(os.getpid()), 'w'))\ntime.sleep(300)"
+    started = tmp_path / "started"
+    started.mkdir()
+    llava = counting(checkout, tmp_path / "LLaVA", body=wait.format(str(started)))
+    (llava / "llava" / "constants.py").write_text(wait.format(str(started)))  # what answering.py imports first
+    data = tmp_path / "data"
+    for make in (benchmarks.gqa, benchmarks.vizwiz, benchmarks.ocrbench):
+        make(data, None)
+    command = ["bash", ROOT / "scripts/evaluate.sh", checkpoint, suite, "--data", data, "--llava", llava]
+    environment = host.environment(PYTHON=sys.executable, CUDA_VISIBLE_DEVICES="0,1")
+    evaluation = subprocess.Popen(
+        command,
+        env=environment,
+        start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a background job's tests ignore it
+    )
+    try:
+        deadline = time.monotonic() + 60
+        while len(list(started.iterdir())) < 2:
+            assert evaluation.poll() is None and time.monotonic() < deadline
+            time.sleep(0.05)
+        evaluation.send_signal(number)  # to it alone; a terminal's Ctrl-C reaches LLaVA's background jobs in vain
+        assert evaluation.wait(20) != 0
+        deadline = time.monotonic() + 10
+        while any(alive(file.name) for file in started.iterdir()):
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+    finally:
+        evaluation.kill()
+        for file in started.iterdir():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(int(file.name), signal.SIGKILL)
 
 
 DRIFT = {
@@ -382,6 +594,7 @@ def test_a_script_that_drifted_is_an_error(tmp_path, counted, checkpoint, drift)
 
 
 def test_without_a_checkout_llavas_suites_are_missing_and_say_so(tmp_path, checkpoint):
+    adopt(tmp_path, checkpoint)
     benchmarks.vizwiz(tmp_path, NAME)
     benchmarks.ocrbench(tmp_path, NAME)
     installed = Path(host.train_py()).parents[2]

@@ -2,21 +2,26 @@
 
 LLaVA's own twelve run through scripts/v1_5/eval of your LLaVA checkout; OCRBench, region captioning and referring
 expressions (REC), which LLaVA lacks, through this folder. GPUs are taken from CUDA_VISIBLE_DEVICES (default 0), one
-process each. Finished answers that are newer than the checkpoint are reused; an unfinished file is answered again.
+process each. Finished answers of the same checkpoint and settings that are newer than it are reused, which the table
+says; others are set aside (.old). An unfinished file is answered again.
 Exit code: 0 if every suite asked for has a score or an upload file, 1 if one is missing or failed, 2 for bad arguments.
 """
 
 import argparse
+import contextlib
 import json
 import os
 import sys
 import tempfile
+import traceback
 from pathlib import Path
 from typing import Dict, List, Optional
 
+from claims import check, claim, locked
 from llava_scripts import prepare, run_script, unparsed
 from needs import missing, needs
-from progress import answer, read, why_not
+from processes import exit_on_signals
+from progress import answer, read, reused_note, why_not
 from settings import Settings, resolve
 from suites import SUITES, LlavaSuite, OwnSuite
 from table import table
@@ -55,32 +60,42 @@ def main(argv: List[str]) -> int:
     unknown = [key for key in options.suites if key not in SUITES]
     if unknown:
         parser.error(f"unknown suite {', '.join(unknown)}; there are {', '.join(SUITES)}")
-    with tempfile.TemporaryDirectory(prefix="evaluate-") as work:
+    exit_on_signals()
+    with contextlib.ExitStack() as held:
         try:
-            settings = resolve(options, Path(work))
+            settings = resolve(options, Path(held.enter_context(tempfile.TemporaryDirectory(prefix="evaluate-"))))
+            lock = held.enter_context(locked(settings.data))
+            check(settings.data, settings.name, settings.checkpoint)
         except ValueError as problem:
             parser.error(str(problem))
-        return run(options, settings)
+        return run(options, settings._replace(lock=lock))
 
 
 def run(options: argparse.Namespace, settings: Settings) -> int:
-    """Evaluate every suite asked for, write the results and print the table; return the exit code."""
+    """Evaluate the suites asked for, write the results and print the table; return the exit code.
+
+    The table also has what earlier runs found for this checkpoint, unchanged since, with these settings.
+    """
     scale = None if options.box_scale == "pixels" else float(options.box_scale)
     settings.output.mkdir(parents=True, exist_ok=True)
     prepare(settings.work, settings.llava, settings.data)
-    results = []
-    for key in options.suites or SUITES:
+    asked = options.suites or list(SUITES)
+    of = dict(settings.identity, changed=settings.changed)
+    for key in asked:
         print(f"== {key} (log: {settings.output / key}.log)", flush=True)
-        results.append(evaluate(key, settings, scale))
-        write(settings.output / f"{key}.json", json.dumps(results[-1], indent=1))
-        print("\n".join(f"   {note}" for note in [results[-1]["status"], *results[-1]["notes"]]), flush=True)
+        result = dict(evaluate(key, settings, scale), of=of)
+        write(settings.output / f"{key}.json", json.dumps(result, indent=1))
+        print("\n".join(f"   {note}" for note in [result["status"], *result["notes"]]), flush=True)
+    files = [settings.output / f"{key}.json" for key in SUITES]
+    results = [json.loads(file.read_text(encoding="utf-8")) for file in files if file.is_file()]
+    results = [result for result in results if result.get("of") == of]  # earlier runs' too, but of this very checkpoint
     size = options.size or ("13b" if "13b" in options.checkpoint.lower() else "7b")
     text = table(results, settings.name, size)
     write(settings.output / "results.txt", text + "\n")
     everything = {"checkpoint": settings.checkpoint, "size": size, "suites": results}
     write(settings.output / "results.json", json.dumps(everything, indent=1))
     print(f"\n{text}\n\n{settings.output / 'results.json'}")
-    return 0 if all(result["status"] in ("scored", "upload") for result in results) else 1
+    return 0 if all(result["status"] in ("scored", "upload") for result in results if result["suite"] in asked) else 1
 
 
 def evaluate(key: str, settings: Settings, scale: Optional[float]) -> Dict:
@@ -96,6 +111,7 @@ def evaluate(key: str, settings: Settings, scale: Optional[float]) -> Dict:
                 lacks.insert(0, f"{script} is missing: give --llava a checkout of github.com/haotian-liu/LLaVA")
         if lacks:
             return dict(result, status="missing", notes=lacks)
+        claim(key, settings.data, settings.name, settings.identity)
         if isinstance(suite, LlavaSuite):
             _llava_suite(suite, key, settings, log, result)
         else:
@@ -103,12 +119,16 @@ def evaluate(key: str, settings: Settings, scale: Optional[float]) -> Dict:
     except (ValueError, KeyError, OSError) as problem:  # failed commands, and data or answers that are not as expected
         reason = f"no {problem} in some record" if isinstance(problem, KeyError) else problem
         return dict(result, status="failed", notes=[f"{reason} (log: {log})" if log.is_file() else str(reason)])
+    except Exception as problem:  # a benchmark's scorer may raise anything
+        with open(log, "a") as output:
+            traceback.print_exc(file=output)
+        return dict(result, status="failed", notes=[f"{type(problem).__name__}: {problem} (log: {log})"])
     result["notes"] += [f"{count} × {kind}" for kind, count in result["unparsed"].items() if count]
     return result
 
 
 def _llava_suite(suite: LlavaSuite, key: str, settings: Settings, log: Path, result: Dict) -> None:
-    output = run_script(suite, key, settings, log)
+    output, result["notes"] = run_script(suite, key, settings, log)
     result["unparsed"] = unparsed(suite, settings.data, settings.name)
     if suite.score:
         result.update(status="scored", score=suite.score(output))
@@ -129,13 +149,13 @@ def _own_suite(
         raise ValueError(f"{suite.files(settings.data / suite.folder)[0]} holds no question")
     changed = float("inf") if settings.force else settings.changed
     problem = why_not(target, ids, changed)
+    reused = [] if problem else [(len(ids), target.stat().st_mtime)]
     if problem:
         command = [str(HERE / "answering.py"), key, "--data", str(settings.data), "--model-path", settings.checkpoint]
         command += ["--model-base", settings.base] if settings.base else []
         command += ["--conv-mode", settings.conv_mode] if settings.conv_mode else []
-        path = os.pathsep.join(filter(None, (str(settings.llava), os.environ.get("PYTHONPATH"))))
         with open(log, "w") as output:
-            answer(
+            reused = answer(
                 lambda part, count, index: [
                     *(sys.executable, *command, "--answers-file", str(part)),
                     *("--num-chunks", str(count), "--chunk-idx", str(index)),
@@ -145,10 +165,12 @@ def _own_suite(
                 settings.gpus,
                 changed,
                 output=output,
-                PYTHONPATH=path,
+                pass_fds=(settings.lock,),
+                PYTHONPATH=settings.python_path,
             )
     scored = suite.scorer(read(target), settings.padded, scale) if key == "rec" else suite.scorer(read(target))
     result.update(scored, status="scored")
+    result["notes"] += reused_note(reused, len(ids))
 
 
 def listing(data: Path) -> str:

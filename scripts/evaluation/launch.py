@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 from typing import Dict, List, Optional
 
-from progress import answer, chunk, why_not
+from progress import Reused, answer, chunk, set_aside, why_not
 
 
 def option(arguments: List[str], name: str) -> Optional[str]:
@@ -27,8 +27,12 @@ def replaced(arguments: List[str], name: str, value: str) -> List[str]:
     return arguments[:place] + [value] + arguments[place + 1 :]
 
 
-def infer(arguments: List[str], job: Dict) -> None:
-    """Run one inference command of a script. Raises ValueError where it is not the one that the suite's row expects."""
+def infer(arguments: List[str], job: Dict) -> List[Reused]:
+    """Run one inference command of a script, unless an earlier command failed; return which answers are not new.
+
+    Whatever happens, no stale answers are left where the script's `cat` would pick them up.
+    Raises ValueError where the command fails, or is not the one that the suite's row expects.
+    """
     questions, target = (option(arguments, name) for name in ("--question-file", "--answers-file"))
     if questions is None or Path(questions).resolve() != Path(job["questions"]).resolve() or target is None:
         raise ValueError(
@@ -42,13 +46,19 @@ def infer(arguments: List[str], job: Dict) -> None:
     problem = why_not(target, ids, changed)
     if not problem:
         print(f"reusing {target}: {len(ids)} answers", flush=True)
-        return
+        return [(len(ids), target.stat().st_mtime)]
     whole = Path(job["answers"])
     if whole.resolve() != target and not why_not(whole, job["ids"], changed):
         # Finished with another number of GPUs, whose chunk files have other names.
         print(f"reusing {whole} for chunk {index} of {count}", flush=True)
         target.write_text("".join(chunk(whole.read_text().splitlines(keepends=True), count, index)))
-        return
+        made = whole.stat().st_mtime
+        os.utime(target, (made, made))
+        return [(len(ids), made)]
+    for file in (target, *map(Path, job["stale"])):
+        set_aside(file)
+    if Path(job["failures"]).exists():
+        return []
     print(f"answering into {target}: {problem}", flush=True)
     arguments = replaced(arguments, "--model-path", job["checkpoint"])
     if job["base"]:
@@ -64,33 +74,30 @@ def infer(arguments: List[str], job: Dict) -> None:
 
     if not ids:  # more GPUs than chunks, which LLaVA's get_chunk does not expect
         target.write_text("")
-        return
+        return []
     gpus = [os.environ.get("CUDA_VISIBLE_DEVICES", "0")] if count > 1 else job["gpus"]
-    answer(command, ids, target, gpus, changed)
-    for file in map(Path, job["stale"]):
-        if file.exists():
-            os.replace(file, file.with_name(file.name + ".old"))
+    return answer(command, ids, target, gpus, changed)
 
 
 def main(arguments: List[str]) -> int:
     job = json.loads(Path(os.environ["EVALUATION_JOB"]).read_text())
     failures = Path(job["failures"])
-    if failures.exists():
-        return 1
     module = arguments[1] if arguments[0] == "-m" else arguments[0].replace("/", ".")
+    inference = "llava.eval.model_" in module
     try:
-        if "llava.eval.model_" in module:
-            infer(arguments, job)
-        else:
+        if inference:
+            reused = infer(arguments, job)
+            with open(job["reused"], "a") as record:
+                record.write("".join(json.dumps(found) + "\n" for found in reused))
+        elif not failures.exists():
             code = subprocess.call([sys.executable, *arguments])
             if code:
                 raise ValueError(f"{' '.join(arguments)} ended with exit code {code}")
-    except ValueError as problem:
+    except (ValueError, OSError) as problem:
         with open(failures, "a") as record:
-            record.write(f"{problem}\n")
+            record.write(f"{'answering' if inference else 'scoring'}: {problem}\n")
         print(problem, flush=True)
-        return 1
-    return 0
+    return int(failures.exists())
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ The script of the user's checkout runs unchanged but for the name of its checkpo
 loops, chunks and paths are LLaVA's; a script that no longer fits is an error, never a wrong number.
 """
 
+import contextlib
 import json
 import os
 import re
@@ -12,9 +13,10 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
-from typing import Dict, List
+from typing import Dict, List, Tuple
 
-from progress import question_ids, read, why_not
+from processes import stopped_too
+from progress import question_ids, read, reused_note, set_aside, why_not
 from settings import Settings
 from suites import LlavaSuite
 
@@ -46,15 +48,18 @@ def renamed(script: Path, name: str) -> str:
     return text.replace(theirs, name)
 
 
-def run_script(suite: LlavaSuite, key: str, settings: Settings, log: Path) -> str:
-    """Run the suite's script and return its output, which `log` keeps. Raises ValueError where anything failed."""
+def run_script(suite: LlavaSuite, key: str, settings: Settings, log: Path) -> Tuple[str, List[str]]:
+    """Run the suite's script; return its output, which `log` keeps, and what is to note about the answers.
+
+    Raises ValueError where anything failed.
+    """
     work, data, name = settings.work, settings.data, settings.name
     script = settings.llava / "scripts" / "v1_5" / "eval" / suite.script
     answers = data / suite.answers.format(name=name)
     ids = question_ids(data / suite.questions)
     if not ids:
         raise ValueError(f"{data / suite.questions} holds no question")
-    failures, copy, job = (work / f"{key}.{kind}" for kind in ("failures", "sh", "job.json"))
+    failures, reused, copy, job = (work / f"{key}.{kind}" for kind in ("failures", "reused.jsonl", "sh", "job.json"))
     copy.write_text(renamed(script, name), encoding="utf-8")
     job.write_text(
         json.dumps(
@@ -70,36 +75,61 @@ def run_script(suite: LlavaSuite, key: str, settings: Settings, log: Path) -> st
                 "answers": str(answers),
                 "ids": ids,
                 "failures": str(failures),
+                "reused": str(reused),
                 "stale": [str(data / path.format(name=name)) for path in suite.derived],
             }
         )
     )
     answers.parent.mkdir(parents=True, exist_ok=True)
+    if why_not(answers, ids, float("inf") if settings.force else settings.changed):
+        set_aside(answers)
     if suite.upload:  # LLaVA's seed.sh and mmbench_cn.sh expect the folder
         (data / suite.upload.format(name=name)).parent.mkdir(parents=True, exist_ok=True)
     environment = dict(
         os.environ,
         EVALUATION_JOB=str(job),
         PATH=f"{work / 'bin'}{os.pathsep}{os.environ['PATH']}",
+        PYTHONPATH=settings.python_path,
         CUDA_VISIBLE_DEVICES=",".join(settings.gpus),
     )
     with open(log, "w") as output:
-        code = subprocess.call(
-            [shutil.which("bash"), str(copy)], cwd=work, env=environment, stdout=output, stderr=subprocess.STDOUT
+        shell = subprocess.Popen(
+            [shutil.which("bash"), str(copy)],
+            cwd=work,
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            pass_fds=(settings.lock,),
+            start_new_session=True,  # so that it is stopped together with what it started, in the background, too
         )
+        with stopped_too([shell], _signal_group):
+            code = shell.wait()
     text = log.read_text(errors="replace")
     if failures.exists():
-        raise ValueError(failures.read_text().splitlines()[0])
+        problems = failures.read_text().splitlines()
+        if suite.merged and any(problem.startswith("answering: ") for problem in problems):
+            answers.unlink(missing_ok=True)  # the script has put together whatever chunks there are
+        raise ValueError(problems[0])
     if code:
         raise ValueError(f"{script} ended with exit code {code}")
-    problem = why_not(answers, ids)
+    problem = why_not(answers, ids) if reused.is_file() else "no inference command ran"
     if problem:
         raise ValueError(f"{script} has drifted: it ended without error, but {answers}: {problem}")
-    return text
+    kept = read(reused)
+    if sum(count for count, _ in kept) == len(ids):  # merging them has not made them newer
+        made = min(made for _, made in kept)
+        os.utime(answers, (made, made))
+    return text, reused_note(kept, len(ids))
+
+
+def _signal_group(leader: subprocess.Popen, number: int) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(leader.pid, number)
 
 
 def unparsed(suite: LlavaSuite, data: Path, name: str) -> Dict[str, int]:
     """How many answers the suite's scorer cannot read, by kind."""
     answers: List[Dict] = read(data / suite.answers.format(name=name))
-    bad = sum(not re.fullmatch(suite.valid, answer["text"]) for answer in answers)
+    bad = sum(not suite.valid(answer["text"]) for answer in answers)
     return {f"answer not as the scorer expects, of {len(answers)}": bad, **suite.extra(data, name)}

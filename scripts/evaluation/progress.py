@@ -6,8 +6,21 @@ import math
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
-from typing import IO, Callable, Dict, List, Optional, Sequence
+from typing import IO, Callable, Dict, List, Optional, Sequence, Tuple
+
+from processes import stopped_too
+
+Reused = Tuple[int, float]  # so many answers of an earlier run, and when they were made
+
+
+def reused_note(reused: Sequence[Reused], total: int) -> List[str]:
+    """What a result says about answers that were not made now; nothing where there are none."""
+    if not any(count for count, _ in reused):
+        return []
+    oldest = time.strftime("%Y-%m-%d %H:%M", time.localtime(min(made for count, made in reused if count)))
+    return [f"reused {sum(count for count, _ in reused)} of {total} answers, made {oldest}"]
 
 
 def chunk(items: Sequence, count: int, index: int) -> Sequence:
@@ -62,6 +75,12 @@ def why_not(answers: Path, ids: Sequence[str], changed: float = 0) -> str:
     return ""
 
 
+def set_aside(file: Path) -> None:
+    """Give a file that must not be reused the ending .old, where nothing looks for it; do nothing if there is none."""
+    if file.exists():
+        os.replace(file, file.with_name(file.name + ".old"))
+
+
 def answer(
     command: Callable[[Path, int, int], List[str]],
     ids: Sequence[str],
@@ -69,31 +88,36 @@ def answer(
     gpus: Sequence[str],
     changed: float,
     output: Optional[IO] = None,
+    pass_fds: Sequence[int] = (),
     **environment: str,
-) -> None:
+) -> List[Reused]:
     """Run `command(answers, chunks, index)` once per GPU, each on its chunk, and put the chunks together in `target`.
 
     `ids`: of the questions, at least one. Never more chunks than there are chunks with questions. A chunk that an
-    earlier, interrupted run finished is kept.
+    earlier, interrupted run finished is kept, and returned.
     Raises ValueError where a process fails or leaves fewer answers than questions.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
     count = math.ceil(len(ids) / math.ceil(len(ids) / len(gpus)))
     parts = [target.with_name(f"{target.name}.{count}_{index}.partial") for index in range(count)]
-    running = {
-        index: subprocess.Popen(
-            command(part, count, index),
-            env=dict(os.environ, CUDA_VISIBLE_DEVICES=gpu, **environment),
-            stdout=output,
-            stderr=output and subprocess.STDOUT,
-        )
-        for index, (part, gpu) in enumerate(zip(parts, gpus))
-        if why_not(part, chunk(ids, count, index), changed)
-    }
-    for process in running.values():
-        process.wait()
+    waiting = [index for index, part in enumerate(parts) if why_not(part, chunk(ids, count, index), changed)]
+    kept = [index for index in range(count) if index not in waiting]
+    reused = [(len(chunk(ids, count, index)), parts[index].stat().st_mtime) for index in kept]
+    running: List[subprocess.Popen] = []
+    with stopped_too(running):
+        for index in waiting:
+            running.append(
+                subprocess.Popen(
+                    command(parts[index], count, index),
+                    env=dict(os.environ, CUDA_VISIBLE_DEVICES=gpus[index], **environment),
+                    stdout=output,
+                    stderr=output and subprocess.STDOUT,
+                    pass_fds=pass_fds,
+                )
+            )
+        codes = {index: process.wait() for index, process in zip(waiting, running)}
     for index, part in enumerate(parts):
-        code = running[index].returncode if index in running else 0
+        code = codes.get(index, 0)
         problem = why_not(part, chunk(ids, count, index))
         if code or problem:
             raise ValueError(f"chunk {index} of {count} ended with exit code {code}; {part}: {problem or 'complete'}")
@@ -102,3 +126,4 @@ def answer(
     os.replace(whole, target)
     for part in parts:
         part.unlink()
+    return reused

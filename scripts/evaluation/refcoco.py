@@ -157,7 +157,10 @@ def score_boxes(answers: List[Dict], padded: bool, scale: Optional[float] = 1000
 
 
 def score_captions(answers: List[Dict]) -> Dict:
-    """CIDEr times 100, averaged over the splits: pycocoevalcap's, after its PTB tokenizer (which runs on Java)."""
+    """CIDEr times 100, averaged over the splits: pycocoevalcap's, after its PTB tokenizer.
+
+    Raises ValueError where Java, which the tokenizer runs on, fails; the tokenizer itself does not look.
+    """
     from pycocoevalcap.cider.cider import Cider
     from pycocoevalcap.tokenizer.ptbtokenizer import PTBTokenizer
 
@@ -166,12 +169,15 @@ def score_captions(answers: List[Dict]) -> Dict:
         splits[answer["metadata"]["split"]].append(answer)
     parts = {}
     for split, rows in splits.items():
-        tokenizer = PTBTokenizer()
         references = {
             index: [{"caption": text} for text in row["metadata"]["references"]] for index, row in enumerate(rows)
         }
         captions = {index: [{"caption": row["text"]}] for index, row in enumerate(rows)}
-        value, _ = Cider().compute_score(tokenizer.tokenize(references), tokenizer.tokenize(captions))
+        words = [PTBTokenizer().tokenize(texts) for texts in (references, captions)]
+        for texts, found in zip((references, captions), words):
+            if [len(found.get(index, ())) for index in texts] != [len(texts[index]) for index in texts]:
+                raise ValueError(f"java returned only some of the texts of {split}: try `java -version`")
+        value, _ = Cider().compute_score(*words)
         parts[split] = 100 * float(value)
     return {
         "score": _average(parts),

@@ -6,7 +6,7 @@ import json
 import os
 import re
 from pathlib import Path
-from typing import List, NamedTuple, Optional
+from typing import Dict, List, NamedTuple, Optional
 
 
 class Settings(NamedTuple):
@@ -19,8 +19,19 @@ class Settings(NamedTuple):
     output: Path
     gpus: List[str]
     force: bool
-    changed: float  # when the checkpoint's weights or config last changed; 0 for one on the hub
+    changed: float  # when weights or config of the checkpoint or its base last changed; 0 for those on the hub
     work: Path  # temporary folder that LLaVA's scripts run in
+    lock: Optional[int] = None  # file descriptor that holds the data folder, for the processes that write there
+
+    @property
+    def identity(self) -> Dict[str, Optional[str]]:
+        """What answers must agree in to stand for one another, besides being newer than the checkpoint."""
+        return {"checkpoint": self.checkpoint, "base": self.base, "conv_mode": self.conv_mode}
+
+    @property
+    def python_path(self) -> str:
+        """PYTHONPATH with LLaVA's code in front: its converters import llava, but run from scripts/."""
+        return os.pathsep.join(filter(None, (str(self.llava), os.environ.get("PYTHONPATH"))))
 
     @property
     def padded(self) -> bool:
@@ -31,10 +42,9 @@ class Settings(NamedTuple):
 
 def resolve(options: argparse.Namespace, work: Path) -> Settings:
     """Settings from the command line. Raises ValueError with what is wrong, what is allowed and what to do."""
-    local = Path(options.checkpoint).expanduser()
-    if not local.is_dir() and not re.fullmatch(r"[\w.-]+/[\w.-]+", options.checkpoint):
-        raise ValueError(f"CKPT is {options.checkpoint}: neither a folder nor a name on the hub (owner/name)")
-    checkpoint = os.path.abspath(local) if local.is_dir() else options.checkpoint
+    checkpoint = _model("CKPT", options.checkpoint)
+    base = _model("--base", options.base) if options.base else None
+    local = Path(checkpoint)
     path = checkpoint.split("/")
     loaded = "_".join(path[-2:]) if path[-1].startswith("checkpoint-") else path[-1]  # as LLaVA names a model
     if "llava" not in loaded.lower():
@@ -43,10 +53,11 @@ def resolve(options: argparse.Namespace, work: Path) -> Settings:
         )
     parts = [file for file in ("adapter_config.json", "mm_projector.bin") if (local / file).is_file()]
     whole = any(file for pattern in ("model*.safetensors", "pytorch_model*.bin") for file in local.glob(pattern))
-    if parts and not whole and not options.base:  # released checkpoints are whole and have an mm_projector.bin, too
+    if parts and not whole and not base:  # released checkpoints are whole and have an mm_projector.bin, too
         raise ValueError(f"CKPT is {checkpoint}, which holds {parts[0]} and so is only a part: give its --base")
     if "adapter_config.json" in parts and "lora" not in loaded.lower():
         raise ValueError(f"CKPT is {checkpoint}, a LoRA: its name lacks 'lora', by which LLaVA knows one; rename it")
+    _check_tower(local / "config.json")
     name = options.name or loaded
     if not re.fullmatch(r"[\w.-]+", name):
         raise ValueError(f"--name is {name}: letters, digits, '.', '_' and '-' only")
@@ -55,12 +66,13 @@ def resolve(options: argparse.Namespace, work: Path) -> Settings:
     if not data.is_dir():
         raise ValueError(f"--data is {data}: no such folder; make it and put the suites' data there (--list says what)")
     output = Path(options.output or data / "results" / name).expanduser().resolve()
-    _claim(data / "evaluated_checkpoints.json", name, checkpoint)
-    weights = [file for pattern in ("*.safetensors", "*.bin", "config.json") for file in local.glob(pattern)]
+    folders = [Path(part) for part in (checkpoint, base) if part and os.path.isabs(part)]
+    patterns = ("*.safetensors", "*.bin", "config.json")
+    weights = [file for folder in folders for pattern in patterns for file in folder.glob(pattern)]
     return Settings(
         checkpoint=checkpoint,
         name=name,
-        base=options.base,
+        base=base,
         conv_mode=options.conv_mode,
         data=data,
         llava=llava,
@@ -70,6 +82,26 @@ def resolve(options: argparse.Namespace, work: Path) -> Settings:
         changed=max((file.stat().st_mtime for file in weights), default=0.0),
         work=work,
     )
+
+
+def _model(setting: str, given: str) -> str:
+    """The full path of a folder, or a name on the hub. Raises ValueError where `given` is neither."""
+    folder = Path(given).expanduser()
+    if folder.is_dir():
+        return os.path.abspath(folder)
+    if not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", given) or folder.parent.is_dir():
+        raise ValueError(f"{setting} is {given}: no such folder, and no name on the hub (owner/name); check the path")
+    return given
+
+
+def _check_tower(config: Path) -> None:
+    """Raises ValueError where the vision tower is a folder that only the current folder's processes would find."""
+    tower = config.is_file() and json.loads(config.read_text()).get("mm_vision_tower")
+    if tower and not os.path.isabs(tower) and Path(tower).is_dir():
+        raise ValueError(
+            f"{config} has the mm_vision_tower {tower}, found from this folder, where LLaVA's scripts do not run; "
+            f"write {os.path.abspath(tower)} there, or the tower's name on the hub"
+        )
 
 
 def _llava(given: Optional[str]) -> Path:
@@ -84,17 +116,3 @@ def _llava(given: Optional[str]) -> Path:
     if spec is None or spec.origin is None:
         raise ValueError("LLaVA is not installed in this Python, and this is not its folder: give --llava DIR")
     return Path(spec.origin).resolve().parent.parent
-
-
-def _claim(record: Path, name: str, checkpoint: str) -> None:
-    """Note whose answers are filed under `name`, so that no other checkpoint of that name reuses them."""
-    owners = json.loads(record.read_text()) if record.is_file() else {}
-    if owners.get(name, checkpoint) != checkpoint:
-        raise ValueError(
-            f"--name is {name}: answers of that name below {record.parent} are of {owners[name]}, not of {checkpoint}; "
-            f"give another --name, or delete those answers and the entry in {record}"
-        )
-    owners[name] = checkpoint
-    fresh = record.with_name(record.name + ".partial")
-    fresh.write_text(json.dumps(owners, indent=1))
-    os.replace(fresh, record)

@@ -13,17 +13,35 @@ import refcoco
 from progress import read
 
 EVAL_ZIP = "eval.zip, linked in LLaVA's docs/Evaluation.md"
-WORDS = r"(?s).*\S.*"
-LETTER = r"[A-D]"
+
+
+def matches(pattern: str) -> Callable[[str], bool]:
+    return lambda text: re.fullmatch(pattern, text) is not None
+
+
+WORDS = matches(r"(?s).*\S.*")
+LETTER = matches(r"[A-D]")
+
+
+def yes_or_no(text: str) -> bool:
+    """LLaVA's eval_pope.py takes a first sentence with one of three words for a no, and anything else for a yes."""
+    sentence = text.split(".")[0].replace(",", "")
+    no = {"No", "not", "no"} & set(sentence.split(" "))
+    return bool(no or re.search(r"\byes\b", sentence, re.IGNORECASE))
+
+
+def choice(text: str) -> bool:
+    """LLaVA's eval_science_qa.py reads a letter, "B. …", or a text that says exactly once what the answer is."""
+    return bool(re.fullmatch(r"(?s)[A-E]|[A-E]\. .*", text)) or len(re.findall(r"The answer is [A-Z].", text)) == 1
 
 
 class LlavaSuite(NamedTuple):
     """A benchmark of LLaVA's scripts/v1_5/eval.
 
-    `needs` are (file or folder, where to get it); `valid` is what the suite's scorer can read (fullmatch), the rest is
-    counted, and so is what `extra` counts; `score` reads the number off the output of LLaVA's or the benchmark's own
-    scorer; where there is no local one, `upload` is the file that LLaVA's script makes for `server`; `derived` are
-    files that LLaVA's script would keep although the answers they were made from are new.
+    `needs` are (file or folder, where to get it); `valid` says whether the suite's scorer can read an answer, and those
+    it cannot are counted, as is what `extra` counts; `score` reads the number off the output of LLaVA's or the
+    benchmark's own scorer; where there is no local one, `upload` is the file that LLaVA's script makes for `server`;
+    `derived` are files that LLaVA's script would keep although the answers they were made from are new.
     """
 
     title: str
@@ -32,7 +50,7 @@ class LlavaSuite(NamedTuple):
     answers: str
     needs: Sequence[Tuple[str, str]]
     images: Optional[str] = None
-    valid: str = WORDS
+    valid: Callable[[str], bool] = WORDS
     score: Optional[Callable[[str], float]] = None
     upload: Optional[str] = None
     server: str = ""
@@ -40,6 +58,11 @@ class LlavaSuite(NamedTuple):
     modules: Sequence[str] = ()
     variables: Sequence[str] = ()
     derived: Sequence[str] = ()
+
+    @property
+    def merged(self) -> bool:
+        """Whether the script asks for chunks and puts the answers together itself."""
+        return self.answers.endswith("/merge.jsonl")
 
 
 class OwnSuite(NamedTuple):
@@ -145,7 +168,7 @@ SUITES = {
             ),
         ],
         images="scienceqa/images/test",
-        valid=r"(?s)[A-E]|[A-E]\. .*|.*The answer is [A-Z]\..*",
+        valid=choice,
         score=number(r"IMG-Accuracy: ([\d.]+)%"),
     ),
     "textvqa": LlavaSuite(
@@ -175,7 +198,7 @@ SUITES = {
             ("pope/val2014", "http://images.cocodataset.org/zips/val2014.zip"),
         ],
         images="pope/val2014",
-        valid=r"(?is).*\b(yes|no|not)\b.*",
+        valid=yes_or_no,
         score=pope_f1,
     ),
     "mme": LlavaSuite(
@@ -195,7 +218,7 @@ SUITES = {
             ),
         ],
         images="MME/MME_Benchmark_release_version",
-        valid=r"(?is).{0,1}yes.*|.{0,2}no.*",
+        valid=matches(r"(?is).{0,1}yes.*|.{0,2}no.*"),
         score=number(r"= Perception =+\s*total score: ([\d.]+)"),
         modules=("sklearn",),
     ),
@@ -248,22 +271,6 @@ SUITES = {
         score=number(r"^Total accuracy: ([\d.]+)%"),
         upload="seed_bench/answers_upload/{name}.jsonl",
     ),
-    "llavabench": LlavaSuite(
-        "LLaVA-W",
-        "llavabench.sh",
-        "llava-bench-in-the-wild/questions.jsonl",
-        "llava-bench-in-the-wild/answers/{name}.jsonl",
-        [
-            (f"llava-bench-in-the-wild/{part}", "https://huggingface.co/datasets/liuhaotian/llava-bench-in-the-wild")
-            for part in ("questions.jsonl", "context.jsonl", "answers_gpt4.jsonl", "images")
-        ],
-        images="llava-bench-in-the-wild/images",
-        score=number(r"^all ([\d.]+)"),
-        extra=unparsed_reviews,
-        modules=("openai<1",),  # LLaVA's script calls the old interface, and with a new one repeats its call forever
-        variables=("OPENAI_API_KEY",),
-        derived=("llava-bench-in-the-wild/reviews/{name}.jsonl",),
-    ),
     "mmvet": LlavaSuite(
         "MM-Vet",
         "mmvet.sh",
@@ -312,5 +319,22 @@ SUITES = {
         "https://huggingface.co/datasets/lmms-lab/RefCOCO, …/RefCOCOplus and …/RefCOCOg",
         refcoco.MAX_NEW_TOKENS,
         modules=("pyarrow",),
+    ),
+    # Last, because its judge may keep it waiting forever.
+    "llavabench": LlavaSuite(
+        "LLaVA-W",
+        "llavabench.sh",
+        "llava-bench-in-the-wild/questions.jsonl",
+        "llava-bench-in-the-wild/answers/{name}.jsonl",
+        [
+            (f"llava-bench-in-the-wild/{part}", "https://huggingface.co/datasets/liuhaotian/llava-bench-in-the-wild")
+            for part in ("questions.jsonl", "context.jsonl", "answers_gpt4.jsonl", "images")
+        ],
+        images="llava-bench-in-the-wild/images",
+        score=number(r"^all ([\d.]+)"),
+        extra=unparsed_reviews,
+        modules=("openai<1",),  # LLaVA's script calls the old interface, and with a new one repeats its call forever
+        variables=("OPENAI_API_KEY",),
+        derived=("llava-bench-in-the-wild/reviews/{name}.jsonl",),
     ),
 }
