@@ -4,7 +4,8 @@ Importing this package imports nothing heavy: it runs at every interpreter start
 
 Where things live, from LLaVA inwards:
 
-* hooking: ``activation`` (import hook), ``llava_patch`` (what of LLaVA is replaced, and why), ``patching`` (how)
+* hooking: ``activation`` (import hook), ``llava_patch`` (what of LLaVA is replaced, and why), ``patching`` (how),
+  ``installation`` (what is installed and patched: `status`)
 * in LLaVA's place: ``vision`` (several layers of the tower), ``projector``, ``trainer``
 * the block: ``config`` (every setting), ``fuser``, ``attention``, ``ops`` (sampling), ``resettable`` (its leaf modules)
 * its rivals: ``fusion`` (the simple fusions)
@@ -21,7 +22,7 @@ _API = {
     "MMFuserProjector": "projector",
     "activate": "activation",
     "deactivate": "activation",
-    "status": "llava_patch",
+    "status": "installation",
 }
 __all__ = ["__version__"] + sorted(_API)
 

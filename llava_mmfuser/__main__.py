@@ -3,13 +3,14 @@
 import argparse
 import dataclasses
 import os
+import re
 import runpy
 import sys
 import warnings
-from typing import Any, Callable, List
+from typing import Any, Callable
 
 from . import activation
-from .config import FLAG_PREFIX, LAYER_SETS, MMFuserConfig, parse_listed_layers, resolve_layers, spell
+from .config import FLAG_PREFIX, LAYER_SETS, MAX_LAYERS, MMFuserConfig, parse_listed_layers, resolve_layers, spell
 
 
 def main() -> int:
@@ -28,10 +29,8 @@ def main() -> int:
     _add_checkpoint_commands(commands)
     _add_visualize(commands)
     options = parser.parse_args()
-    if options.command == "status":
-        return _status()
     if options.command == "run":
-        return _run(options.target, options.arguments)
+        return _run(options)  # a traceback is the script's
     return _reporting_errors(options.command, _COMMANDS[options.command], options)
 
 
@@ -119,8 +118,11 @@ def _boolean(text: str) -> bool:
 
 
 def _layers(options: argparse.Namespace) -> int:
-    blocks = int(options.tower) if options.tower.isdigit() else None
-    if blocks is None:
+    if re.fullmatch(r"[+-]?\d+", options.tower):
+        blocks = int(options.tower[:9])
+        if not 1 <= blocks <= MAX_LAYERS:
+            raise ValueError(f"{options.tower} blocks are not allowed; use 1 to {MAX_LAYERS}, or name a tower")
+    else:
         from .inspection import tower_config
 
         blocks = tower_config(options.tower).num_hidden_layers
@@ -130,23 +132,32 @@ def _layers(options: argparse.Namespace) -> int:
             layers = spell(resolve_layers(parse_listed_layers(name, options.query), blocks, "mm_fuser_layers"))
         except ValueError:
             layers = "none below this layer"
-        sys.stdout.write(f"{name:8} {layers}\n")
+        _say(f"{name:8} {layers}")
     return 0
 
 
 def _inspect(options: argparse.Namespace) -> int:
     from .inspection import inspect
 
-    lines, reason = inspect(options.path)
+    try:
+        lines, reason = inspect(options.path)
+    except (ImportError, MemoryError, OSError, RecursionError, ValueError):
+        raise
+    except Exception as error:  # it is asked when something is wrong, so it answers
+        from .installation import explain
+
+        lines, reason = [], f"a fault of llava_mmfuser, please report it: {explain(error)}"
     verdict = "loads: yes" if reason is None else "loads: no, " + " ".join(reason.split())
-    sys.stdout.write("\n".join(lines + [verdict]) + "\n")
+    for line in lines + [verdict]:
+        _say(line)
     return 0 if reason is None else 1
 
 
 def _convert(options: argparse.Namespace) -> int:
     from .convert import convert
 
-    sys.stdout.write("\n".join(convert(options.input, options.output, options.to == "authors", options.link)) + "\n")
+    for note in convert(options.input, options.output, options.to == "authors", options.link):
+        _say(note)
     return 0
 
 
@@ -155,8 +166,8 @@ def _upgrade(options: argparse.Namespace) -> int:
 
     given = {setting.name: getattr(options, setting.name) for setting in dataclasses.fields(MMFuserConfig)}
     settings = {name: value for name, value in given.items() if value is not None}
-    notes = upgrade(options.input, options.output, options.link, options.vision_tower, settings)
-    sys.stdout.write("\n".join(notes) + "\n")
+    for note in upgrade(options.input, options.output, options.link, options.vision_tower, settings):
+        _say(note)
     return 0
 
 
@@ -178,61 +189,88 @@ def _visualize(options: argparse.Namespace) -> int:
         if outcome.failed:
             _complain("visualize", outcome.text)
         else:
-            sys.stdout.write(outcome.text + "\n")
+            _say(outcome.text)
         failed |= outcome.failed
     return int(failed)
 
 
-_COMMANDS = {
-    "layers": _layers,
-    "inspect": _inspect,
-    "convert": _convert,
-    "upgrade": _upgrade,
-    "visualize": _visualize,
-}
-
-
 def _reporting_errors(command: str, function: Callable[[argparse.Namespace], int], options: argparse.Namespace) -> int:
-    """Run a command; what is wrong with its input is one line on stderr, and exit code 1."""
+    """Run a command; what is wrong with its input or its environment is one line on stderr, and exit code 1."""
     warnings.simplefilter("ignore")  # of libraries about themselves
     try:
-        return function(options)
+        code = function(options)
+        if sys.stdout is not None:
+            sys.stdout.flush()  # a full disk or a closed pipe may show only here
+        return code
     except KeyboardInterrupt:
         again = "" if command not in ("convert", "upgrade") else "; the same command again goes on from here"
-        sys.stderr.write(f"python -m llava_mmfuser {command}: interrupted{again}\n")
+        print(f"python -m llava_mmfuser {command}: interrupted{again}", file=sys.stderr)
         return 130
+    except BrokenPipeError:  # whoever reads the output has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     except OSError as error:
         reason = f"{error.strerror or error}" + (f": {error.filename}" if error.filename else "")
     except ValueError as error:
         reason = str(error)
+    except ImportError as error:
+        reason = f"{error}; this is the environment {sys.prefix}"
+    except RecursionError:
+        reason = "the input holds something that is nested too deep to be read"
+    except (MemoryError, RuntimeError) as error:  # PyTorch has no common type for a lack of memory
+        if isinstance(error, RuntimeError) and "memory" not in str(error):
+            raise
+        reason = f"out of memory: {error}"
     _complain(command, reason)
     return 1
 
 
+def _say(text: str) -> None:
+    print(_printable(text))
+
+
 def _complain(command: str, reason: str) -> None:
-    sys.stderr.write(f"python -m llava_mmfuser {command}: error: {' '.join(reason.split())}\n")
+    print(_printable(f"python -m llava_mmfuser {command}: error: {' '.join(reason.split())}"), file=sys.stderr)
 
 
-def _run(target: str, arguments: List[str]) -> int:
+def _printable(line: str) -> str:
+    """One line: a name may hold line ends, control characters and bytes that are no text."""
+    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
+    escaped = "".join(c if c.isprintable() or c == " " else ascii(c)[1:-1] for c in line)
+    return escaped.encode(encoding, "backslashreplace").decode(encoding)
+
+
+def _run(options: argparse.Namespace) -> int:
+    target = options.target
     activation.activate()
-    sys.argv = [target] + arguments
-    if os.path.exists(target):
-        sys.path[0] = os.path.dirname(os.path.abspath(target))
-        runpy.run_path(target, run_name="__main__")
-    else:
-        runpy.run_module(target, run_name="__main__", alter_sys=True)
+    sys.argv = [target] + options.arguments
+    try:
+        if not os.path.exists(target):
+            runpy.run_module(target, run_name="__main__", alter_sys=True)
+        else:
+            if not (sys.flags.isolated or getattr(sys.flags, "safe_path", False)):
+                sys.path[0] = os.path.dirname(os.path.abspath(target))
+            runpy.run_path(target, run_name="__main__")
+    except (ImportError, OSError, ValueError) as error:
+        trace = error.__traceback__
+        while trace.tb_next is not None:
+            trace = trace.tb_next
+        if trace.tb_frame.f_globals.get("__name__") != "runpy":  # the script's own fault
+            raise
+        _complain("run", f"{target!r} cannot be run as a script or as a module: {error}")
+        return 1
     return 0
 
 
-def _status() -> int:
-    try:
-        from .llava_patch import status
-    except ImportError as error:
-        sys.stdout.write(f"active: no, {error}; this is the environment {sys.prefix}\n")
-        return 1
+def _status(options: argparse.Namespace) -> int:
+    from .installation import status
+
     found = status()
+    parts = {purpose: "yes" if reason is None else f"no, {reason}" for purpose, reason in found["parts"].items()}
+    absent = [purpose for purpose, reason in found["parts"].items() if reason is not None]
     lines = [
-        f"active: {'yes' if found['active'] else 'no, ' + found['reason']}",
+        f"active: {', without '.join(['yes', *absent]) if found['active'] else 'no, ' + found['reason']}",
+        *(f"  {purpose}: {answer}" for purpose, answer in parts.items()),
         f"llava: {found['llava'] or 'not found'}",
         f"automatic hook: {'off (' + activation.DISABLE + ' is set)' if activation.disabled() else 'on'}",
         "versions:",
@@ -240,8 +278,19 @@ def _status() -> int:
     lines += [f"  {name}: {version or 'not installed'}" for name, version in found["versions"].items()]
     lines += ["patch targets:"] + [f"  {state:8}{target}  ({detail})" for target, state, detail in found["targets"]]
     lines += ["sampling:"] + [f"  {device}: {name}" for device, name in found["implementations"].items()]
-    sys.stdout.write("\n".join(lines) + "\n")
+    for line in lines:
+        _say(line)
     return 0 if found["active"] else 1
+
+
+_COMMANDS = {
+    "status": _status,
+    "layers": _layers,
+    "inspect": _inspect,
+    "convert": _convert,
+    "upgrade": _upgrade,
+    "visualize": _visualize,
+}
 
 
 if __name__ == "__main__":

@@ -8,6 +8,11 @@ import os
 import sys
 
 TRIGGERS = ("llava.model.llava_arch", "llava.model.builder", "llava.train.llava_trainer")  # keys of llava_patch.PATCHES
+# Modules that a trigger has imported by then; read anew (importlib.reload), they are patched with their trigger.
+SOURCES = {
+    "llava.model.multimodal_encoder.clip_encoder": TRIGGERS[0],
+    "llava.model.multimodal_projector.builder": TRIGGERS[0],
+}
 DISABLE = "LLAVA_MMFUSER_DISABLE"
 
 
@@ -15,7 +20,7 @@ class _Finder:
     """Meta-path finder that leaves the search to the others and adds one step after a trigger module has run."""
 
     def find_spec(self, name, path=None, target=None):
-        if name not in TRIGGERS:
+        if name not in TRIGGERS and name not in SOURCES:
             return None
         for finder in sys.meta_path:
             find_spec = getattr(finder, "find_spec", None)
@@ -33,15 +38,31 @@ _finder = _Finder()
 
 def _patch_after_exec(loader):
     exec_module = getattr(loader, "exec_module", None)
-    if exec_module is None:
+    if exec_module is None or getattr(exec_module, "hooked", False):  # a zip archive has one loader for all modules
         return
 
     def exec_and_patch(module):
-        exec_module(module)
-        if _finder in sys.meta_path:
-            _apply(module.__name__)
+        name = getattr(module.__spec__, "name", module.__name__)
+        trigger = SOURCES.get(name, name)
+        if _finder not in sys.meta_path or trigger not in TRIGGERS:
+            return exec_module(module)
+        again = _revert(trigger)  # else what is read anew would be taken for patched
+        try:
+            exec_module(module)
+        except BaseException:
+            if again:  # the old definitions stay in use
+                _apply(trigger)
+            raise
+        if again or name == trigger:
+            _apply(trigger)
 
+    exec_and_patch.hooked = True
     loader.exec_module = exec_and_patch
+
+
+def _revert(trigger=None):
+    patch = sys.modules.get("llava_mmfuser.llava_patch")
+    return hasattr(patch, "revert") and patch.revert(trigger)
 
 
 def _apply(trigger):
@@ -50,7 +71,8 @@ def _apply(trigger):
 
         llava_patch.apply(trigger)
     except Exception as error:  # LLaVA's `except: pass` would turn this into a misleading ImportError
-        sys.stderr.write("llava_mmfuser: LLaVA is left unpatched: %s: %s\n" % (type(error).__name__, error))
+        if sys.stderr is not None:
+            sys.stderr.write("llava_mmfuser: LLaVA is left unpatched: %s: %s\n" % (type(error).__name__, error))
 
 
 def disabled():
@@ -81,6 +103,4 @@ def deactivate():
     """Undo `activate`: remove the hook and put LLaVA's own functions back. Models already built keep their fuser."""
     if _finder in sys.meta_path:
         sys.meta_path.remove(_finder)
-    patch = sys.modules.get("llava_mmfuser.llava_patch")
-    if patch is not None:
-        patch.revert()
+    _revert()

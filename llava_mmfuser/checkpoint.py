@@ -121,11 +121,10 @@ def read_tensors(path: str) -> Dict[str, torch.Tensor]:
         raise ValueError(f"{path}: {hint}")
     try:
         state_dict = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # pickle, zip and tensor errors have no common type
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+    except Exception as error:  # pickle, zip and tensor errors have no common type; torch's advice is to run the code
         raise ValueError(
-            f"{path} ({os.path.getsize(path)} bytes) cannot be read as tensors saved by torch.save: {reason} "
-            f"It is truncated, of another format, or holds other Python objects, which are not loaded because they "
+            f"{path} ({os.path.getsize(path)} bytes) cannot be read as tensors saved by torch.save "
+            f"({type(error).__name__}). It is truncated, of another format, or holds other Python objects, which are not loaded because they "
             f"could run code; download or save it again"
         ) from error
     if not isinstance(state_dict, dict) or not all(isinstance(value, torch.Tensor) for value in state_dict.values()):

@@ -7,6 +7,11 @@ from typing import Any, Callable, Dict, List, Optional, Tuple, Union
 
 PROJECTOR_TYPE = "mmfuser"
 NUM_UNIFORM_LAYERS = 5
+MAX_WIDTH = 1 << 17  # the widest language models have an eighth of this
+MAX_LAYERS = 1000  # the deepest ViTs have a few hundred blocks
+# setting -> its largest value: more points than a map has cells, a window beyond the map and a deeper projector would
+# only take memory. num_heads needs none, because it divides the width.
+LARGEST = {"num_points": 256, "window_size": 63}
 # attention kind -> the settings that concern only it; the class is in attention/<kind>.py
 ATTENTION_KINDS = {"deformable": ("num_points",), "dense": (), "window": ("window_size",)}
 # fusion -> whether it starts as an identity, so that a released LLaVA answers as before; the classes are in fusion.py
@@ -51,6 +56,8 @@ class LayerSet:
             "deep": (query - below, 1, below),
             "all": (0, 1, query),
         }[self.name]
+        if count >= MAX_LAYERS:
+            raise ValueError(f"mm_fuser_layers={self} below hidden_states[{query}] are more than {MAX_LAYERS} layers")
         return (*(first + step * i for i in range(count)), query)
 
 
@@ -78,7 +85,7 @@ def parse_layers(value: Any, setting: str = "mm_vision_select_layer") -> Layers:
         is_list = text.startswith(("list", "["))
         text = text[len("list") :] if text.startswith("list") else text.strip("[]()")
         items = [item for item in re.split(r"[,/\s]+", text.strip()) if item]
-        if not items or not all(re.fullmatch(r"[+-]?\d+", item) for item in items):
+        if not items or not all(re.fullmatch(r"[+-]?\d{1,9}", item) for item in items):
             raise ValueError(f"{setting}={value!r} is not a list of layers; write it as {SPELLINGS}")
         layers = tuple(int(item) for item in items)
         if len(layers) == 1 and not is_list:
@@ -219,9 +226,10 @@ class MMFuserConfig:
     def __post_init__(self):
         if not isinstance(self.layers, LayerSet):
             object.__setattr__(self, "layers", parse_layers(self.layers, "mm_fuser_layers"))
-        if not re.fullmatch(r"linear|mlp[1-9]\d*x_gelu", str(self.projector)):
+        if not re.fullmatch(r"linear|mlp[1-9]\d?x_gelu", str(self.projector)):
             raise ValueError(
-                f"mm_fuser_projector={self.projector!r} is not allowed; use linear or mlpNx_gelu, such as mlp2x_gelu"
+                f"mm_fuser_projector={self.projector!r} is not allowed; use linear or mlpNx_gelu with "
+                f"N from 1 to 99, such as mlp2x_gelu"
             )
         for name, allowed in (("fusion", FUSIONS), ("attention", ATTENTION_KINDS)):
             if getattr(self, name) not in tuple(allowed):
@@ -230,8 +238,10 @@ class MMFuserConfig:
             raise ValueError(f"mm_fuser_self_attention={self.self_attention!r} is not allowed; use True or False")
         for name in ("num_heads", "num_points", "window_size"):
             value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise ValueError(f"mm_fuser_{name}={value!r} is not allowed; use a whole number of at least 1")
+            largest = LARGEST.get(name)
+            if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= (largest or value):
+                allowed = f"from 1 to {largest}" if largest else "of at least 1"
+                raise ValueError(f"mm_fuser_{name}={value!r} is not allowed; use a whole number {allowed}")
         if self.window_size % 2 == 0:
             raise ValueError(
                 f"mm_fuser_window_size={self.window_size} is not allowed; a neighbourhood has a centre, so use an odd "
@@ -336,10 +346,17 @@ def read_setting(source: Any, name: str) -> Any:
     return source.get(name) if isinstance(source, dict) else getattr(source, name, None)
 
 
+def check_width(width: Any, setting: str = "hidden_size") -> None:
+    """Raise ValueError unless `width` can be that of a model."""
+    if not isinstance(width, int) or isinstance(width, bool) or not 1 <= width <= MAX_WIDTH:
+        raise ValueError(f"{setting}={width!r} is not allowed; a width is a whole number from 1 to {MAX_WIDTH}")
+
+
 def check_num_heads(hidden_size: int, num_heads: int) -> None:
     """Raise ValueError unless the heads divide the width."""
+    check_width(hidden_size)
     if hidden_size % num_heads:
-        allowed = [n for n in range(1, hidden_size + 1) if hidden_size % n == 0 and n <= 64]
+        allowed = [n for n in range(1, min(hidden_size, 64) + 1) if hidden_size % n == 0]
         raise ValueError(
             f"mm_fuser_num_heads={num_heads} does not divide the feature width {hidden_size}; "
             f"use one of {', '.join(map(str, allowed))}"

@@ -34,6 +34,7 @@ from .config import (
     FUSIONS_WITHOUT_WEIGHTS,
     PROJECTOR_TYPE,
     MMFuserConfig,
+    check_width,
     layers_setting,
     resolve_layers,
     spell,
@@ -232,8 +233,7 @@ def projector_shapes(config: Mapping[str, Any], settings: MMFuserConfig) -> Shap
         ValueError: the config lacks a width, or has one that the heads do not divide.
     """
     for name in ("mm_hidden_size", "hidden_size"):
-        if not isinstance(config.get(name), int):
-            raise ValueError(f"{name}={config.get(name)!r} in config.json is not allowed; it must be a width, an int")
+        check_width(config.get(name), f"config.json: {name}")
     return expected_shapes(settings, config["mm_hidden_size"], config["hidden_size"])
 
 

@@ -8,7 +8,6 @@ import contextlib
 import copy
 import dataclasses
 import functools
-import importlib
 import inspect
 import logging
 import os
@@ -38,7 +37,7 @@ from .config import (
 )
 from .inspection import projector_shapes, tower_config
 from .ops import select_implementation
-from .patching import Patch, check_row, replace, restore
+from .patching import Patch, check_row, folder_of, replace, restore
 from .projector import MMFuserProjector
 from .resettable import Resettable, materialize
 from .vision import SELECT_FEATURES, capture_layers, concat_layers
@@ -279,13 +278,15 @@ _TRAINER_PATCHES = (
         "the gates beside the loss",
     ),
 )
-# Module of LLaVA -> what is patched right after its import.
+# Module of LLaVA -> what is patched right after its import, and what for.
 PATCHES = {
     "llava.model.llava_arch": _MODEL_PATCHES,
     "llava.model.builder": _LOADER_PATCHES,
     "llava.train.llava_trainer": _TRAINER_PATCHES,
 }
-_ESSENTIAL = "llava.model.llava_arch"
+PURPOSES = dict(zip(PATCHES, ("models", "loading", "training")))
+ESSENTIAL = "llava.model.llava_arch"
+SWALLOWED = ("llava.model.language_model.llava_llama",)  # imported by LLaVA under `except: pass`
 
 _applied: Dict[str, Optional[str]] = {}  # module -> None, or why its rows were not applied
 
@@ -296,10 +297,11 @@ def apply(module: str) -> None:
     In that case stderr says why. If it is `llava_arch`, ``mm_projector_type=mmfuser`` raises the same reason and the
     other modules are left alone, too; if it is `llava_trainer`, ``mm_fuser_lr`` raises it. Idempotent.
     """
-    if module in _applied or _applied.get(_ESSENTIAL):
+    if module in _applied or _applied.get(ESSENTIAL):
         return
     _log_to_stderr()
-    problems = [f"{row.target}: {detail}" for row, state, detail in check(module) if state != "ok"]
+    states = [(row, *check_row(row)) for row in PATCHES[module]]
+    problems = [f"{row.target}: {detail}" for row, state, detail in states if state != "ok"]
     rows = [row for row in PATCHES[module] if row.replacement is not None]
     if not problems:
         try:
@@ -312,71 +314,33 @@ def apply(module: str) -> None:
         _applied[module] = None
         return
     _applied[module] = (
-        f"llava_mmfuser does not fit this LLaVA ({_path_of('llava')}), whose {module} is left unpatched: "
+        f"llava_mmfuser does not fit this LLaVA ({folder_of(module)}), whose {module} is left unpatched: "
         f"{'; '.join(problems)}. `python -m llava_mmfuser status` shows every row; "
         f"use LLaVA 1.2.2.post1 or main, or report the change."
     )
     sys.stderr.write(f"{_applied[module]}\n")
-    if module == _ESSENTIAL:
+    if module == ESSENTIAL:
         _refuse_mmfuser(_applied[module])
 
 
-def revert() -> None:
-    """Put every original back."""
-    restore()
-    _applied.clear()
+def revert(module: Optional[str] = None) -> bool:
+    """Put every original back, or those of the rows of one module; returns whether there was anything to undo."""
+    undone = [name for name in PATCHES if name in _applied and module in (None, name)]
+    restore(None if module is None else [row.target for name in undone for row in PATCHES[name]])
+    for name in undone:
+        del _applied[name]
+    return bool(undone)
 
 
-def check(module: Optional[str] = None) -> List[Tuple[Patch, str, str]]:
-    """Each row, or those of one module, with its state, ``ok``, ``missing`` or ``changed``, and what was found."""
-    found = [(row, *check_row(row)) for name, rows in PATCHES.items() if module in (None, name) for row in rows]
-    if _applied.get(_ESSENTIAL):
-        found = [(row, state, "refuses mmfuser" if detail == "patched" else detail) for row, state, detail in found]
-    return found
+def why_unpatched(module: str) -> Optional[str]:
+    """Why the rows of an imported module are not in place; None where they are."""
+    return _applied.get(ESSENTIAL) or _applied.get(module, "the hook is off; call llava_mmfuser.activate()")
 
 
-def status() -> Dict[str, Any]:
-    """What is installed and patched. Imports LLaVA.
-
-    Returns:
-        ``active`` (bool), ``reason`` (why not, or None), ``llava`` (its folder, or None), ``versions`` (package to
-        version or None), ``targets`` (list of target, state, detail), ``implementations`` (device to name).
-    """
-    reasons = []
-    for module in PATCHES:
-        try:
-            importlib.import_module(module)
-            reasons.append(_applied.get(module, "the hook is off; call llava_mmfuser.activate()"))
-        except Exception as error:
-            reasons.append(f"LLaVA cannot be imported: {type(error).__name__}: {error}")
-    reason = next(filter(None, reasons), None)
-    return {
-        "active": reason is None,
-        "reason": reason,
-        "llava": _path_of("llava"),
-        "versions": {
-            name: _version_of(name)
-            for name in (
-                "llava_mmfuser",
-                "llava",
-                "llava-torch",
-                "torch",
-                "transformers",
-                "deepspeed",
-                "flash-attn",
-                "triton",
-            )
-        },
-        "targets": [(row.target, state, detail) for row, state, detail in check()],
-        "implementations": {device: _implementation(device) for device in ("cpu", "cuda")},
-    }
-
-
-def _implementation(device: str) -> str:
-    try:
-        return select_implementation(device)
-    except ValueError as error:
-        return str(error)
+def state_of(row: Patch) -> Tuple[str, str]:
+    """State of a row, ``ok``, ``missing`` or ``changed``, and what was found. Imports what it names."""
+    state, detail = check_row(row)
+    return state, "refuses mmfuser" if detail == "patched" and _applied.get(ESSENTIAL) else detail
 
 
 def _refuse_mmfuser(reason: str) -> None:
@@ -541,17 +505,3 @@ def _log_to_stderr() -> None:
         logger.addHandler(handler)
         logger.setLevel(logging.INFO)
         logger.propagate = False
-
-
-def _path_of(package: str) -> Optional[str]:
-    module = sys.modules.get(package)
-    return os.path.dirname(module.__file__) if getattr(module, "__file__", None) else None
-
-
-def _version_of(distribution: str) -> Optional[str]:
-    from importlib import metadata
-
-    try:
-        return metadata.version(distribution)
-    except metadata.PackageNotFoundError:
-        return None

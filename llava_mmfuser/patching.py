@@ -3,6 +3,8 @@
 import functools
 import importlib
 import inspect
+import os
+import sys
 from typing import Any, Callable, Dict, Iterable, NamedTuple, Optional, Tuple
 
 
@@ -16,6 +18,7 @@ class Patch(NamedTuple):
 
 
 _originals: Dict[str, Any] = {}
+_owners: Dict[str, Any] = {}  # what has the replaced attribute; its module may have been imported anew since
 
 
 def check_row(row: Patch) -> Tuple[str, str]:
@@ -25,7 +28,12 @@ def check_row(row: Patch) -> Tuple[str, str]:
         found = _originals.get(row.target) or inspect.getattr_static(owner, name)
     except (ImportError, AttributeError) as error:
         return "missing", f"not found ({error})"
-    parameters = tuple(inspect.signature(getattr(found, "__func__", found)).parameters)
+    except (Exception, SystemExit) as error:  # of the code of a module that is being imported
+        return "missing", f"cannot be imported ({type(error).__name__}: {' '.join(str(error).split())})"
+    try:
+        parameters = tuple(inspect.signature(getattr(found, "__func__", found)).parameters)
+    except (TypeError, ValueError):
+        return "changed", f"expected a function, found {type(found).__name__}"
     if isinstance(found, classmethod):
         parameters = parameters[1:]
     if parameters[: len(row.parameters)] != row.parameters:
@@ -55,15 +63,21 @@ def replace(target: str, replacement: Callable) -> None:
             return replacement(call, *args, **kwargs)
 
         setattr(owner, name, wrapper)
-    _originals[target] = original
+    _originals[target], _owners[target] = original, owner
 
 
 def restore(targets: Optional[Iterable[str]] = None) -> None:
     """Put the originals of these targets back, or all."""
     for target in list(_originals if targets is None else targets):
         if target in _originals:
-            owner, name = _owner(target)
-            setattr(owner, name, _originals.pop(target))
+            setattr(_owners.pop(target), target.rpartition(".")[2].rpartition(":")[2], _originals.pop(target))
+
+
+def folder_of(module: str) -> Optional[str]:
+    """Folder of the top-level package of a module, or None where it is not imported."""
+    package = sys.modules.get(module.partition(".")[0])
+    file = getattr(package, "__file__", None)
+    return os.path.dirname(file) if file else next(iter(getattr(package, "__path__", ())), None)
 
 
 def _owner(target: str) -> Tuple[Any, str]:

@@ -86,7 +86,8 @@ def _one(model: Model, source: str, path: str, at: Optional[Tuple[float, float]]
     """Do one picture; `path` is that of the results, without their endings. Returns a line for the user."""
     file = path + ".png"
     maps = feature_maps(model, read_picture(source), at)
-    figure = draw(maps, os.path.basename(source))
+    name = os.path.basename(source)
+    figure = draw(maps, name if name.isprintable() else ascii(name)[1:-1])  # bytes that are no text cannot be drawn
     with _beside(file) as stream:
         figure.savefig(stream, format="png")
     if npz:

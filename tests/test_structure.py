@@ -11,8 +11,9 @@ from llava_mmfuser.llava_patch import PATCHES
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "llava_mmfuser"
 LEVELS = {
-    "__init__": 10,
-    "__main__": 9,
+    "__init__": 11,
+    "__main__": 10,
+    "installation": 9,
     "llava_patch": 8,
     "visualize": 8,
     "convert": 8,

@@ -1,0 +1,115 @@
+"""`status`: what is installed, what of LLaVA is patched and what will run. It answers whatever is broken."""
+
+import contextlib
+import importlib
+import sys
+import textwrap
+import types
+from importlib import util
+from typing import Any, Dict, Optional, Tuple
+
+from .patching import folder_of
+
+_BROKEN = (Exception, SystemExit)  # what a module may raise while it is imported
+_DISTRIBUTIONS = ("llava_mmfuser", "llava", "llava-torch", "torch", "transformers", "deepspeed", "flash-attn", "triton")
+
+
+def status() -> Dict[str, Any]:
+    """What is installed and patched. Imports LLaVA; raises nothing, and what a host prints goes to stderr.
+
+    Returns:
+        ``active`` (bool: all that this LLaVA has is patched), ``reason`` (why not, or None), ``parts`` (purpose to why
+        it is not patched, or None), ``llava`` (its folder, or None), ``versions`` (package to version or None),
+        ``targets`` (list of target, state, detail), ``implementations`` (device to name).
+    """
+    found: Dict[str, Any] = {
+        "active": False,
+        "reason": None,
+        "parts": {},
+        "llava": None,
+        "versions": {name: _version_of(name) for name in _DISTRIBUTIONS},
+        "targets": [],
+        "implementations": {},
+    }
+    with contextlib.redirect_stdout(sys.stderr):
+        try:
+            from . import llava_patch, ops
+        except _BROKEN as error:
+            found["reason"] = f"{explain(error)}; this is the environment {sys.prefix}"
+            return found
+        for module, rows in llava_patch.PATCHES.items():
+            reason, absent = _import(module)
+            if reason is None:
+                reason = llava_patch.why_unpatched(module)
+            found["parts"][llava_patch.PURPOSES[module]] = reason
+            if not absent or module == llava_patch.ESSENTIAL:
+                found["reason"] = found["reason"] or reason
+            for row in rows:
+                host, target = module.split(".")[0], row.target.split(":")[0]
+                # Not tried once more: a second import fails for other reasons than the first.
+                skip = reason is not None and target.split(".")[0] == host and target not in sys.modules
+                state, detail = ("missing", reason) if skip else llava_patch.state_of(row)
+                found["targets"].append((row.target, state, detail))
+        found["active"] = found["reason"] is None
+        found["llava"] = folder_of(llava_patch.ESSENTIAL)
+        for device in ("cpu", "cuda"):
+            try:
+                found["implementations"][device] = ops.select_implementation(device)
+            except Exception as error:
+                found["implementations"][device] = explain(error)
+    return found
+
+
+def explain(error: BaseException) -> str:
+    """Type and message of an exception in one line."""
+    message = " ".join(str(error).split())
+    return f"{type(error).__name__}: {textwrap.shorten(message, 300) or message[:300]}".rstrip(": ")
+
+
+def _import(module: str) -> Tuple[Any, bool]:
+    """Why a module cannot be imported, or None; and whether its package merely does not have it."""
+    try:
+        importlib.import_module(module)
+    except _BROKEN as error:
+        host, absent = module.split(".")[0], getattr(error, "name", None) or ""
+        if isinstance(error, ModuleNotFoundError) and absent != host and f"{module}.".startswith(f"{absent}."):
+            return f"{folder_of(host)} has no {absent}", True
+        if type(error) is ImportError:
+            error = _swallowed(module) or error
+        return f"LLaVA cannot be imported: {explain(error)}", False
+    return None, False
+
+
+def _swallowed(module: str) -> Optional[BaseException]:
+    """What LLaVA's ``except: pass`` hid, found by importing parts of it without the package's own `__init__`."""
+    from . import llava_patch
+
+    host = module.split(".")[0]
+    spec = util.find_spec(host)
+    if spec is None or host in sys.modules:
+        return None
+    before = set(sys.modules)
+    sys.modules[host] = types.ModuleType(host)
+    sys.modules[host].__path__ = list(spec.submodule_search_locations or ())
+    try:
+        for part in (module, *llava_patch.SWALLOWED):
+            importlib.import_module(part)
+    except _BROKEN as error:
+        return error
+    finally:
+        llava_patch.revert()
+        for name in set(sys.modules) - before:
+            if name.split(".")[0] == host:
+                del sys.modules[name]
+    return None
+
+
+def _version_of(distribution: str) -> Any:
+    from importlib import metadata
+
+    try:
+        return metadata.version(distribution)
+    except metadata.PackageNotFoundError:
+        return None
+    except Exception as error:  # damaged metadata
+        return f"unknown ({explain(error)})"
