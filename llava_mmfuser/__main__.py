@@ -10,7 +10,16 @@ import warnings
 from typing import Any, Callable
 
 from . import activation
-from .config import FLAG_PREFIX, LAYER_SETS, MAX_LAYERS, MMFuserConfig, parse_listed_layers, resolve_layers, spell
+from .config import (
+    FLAG_PREFIX,
+    LAYER_SETS,
+    MAX_LAYERS,
+    MMFuserConfig,
+    check_count,
+    parse_listed_layers,
+    resolve_layers,
+    spell,
+)
 
 
 def main() -> int:
@@ -119,9 +128,8 @@ def _boolean(text: str) -> bool:
 
 def _layers(options: argparse.Namespace) -> int:
     if re.fullmatch(r"[+-]?\d+", options.tower):
-        blocks = int(options.tower[:9])
-        if not 1 <= blocks <= MAX_LAYERS:
-            raise ValueError(f"{options.tower} blocks are not allowed; use 1 to {MAX_LAYERS}, or name a tower")
+        blocks = int(options.tower[:4000])  # more digits than Python converts are too many blocks, too
+        check_count(blocks, MAX_LAYERS, "blocks")
     else:
         from .inspection import tower_config
 

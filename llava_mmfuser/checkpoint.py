@@ -121,11 +121,11 @@ def read_tensors(path: str) -> Dict[str, torch.Tensor]:
         raise ValueError(f"{path}: {hint}")
     try:
         state_dict = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # pickle, zip and tensor errors have no common type; torch's advice is to run the code
+    except Exception as error:  # of no common type; its text is left out, because torch advises to run the file's code
         raise ValueError(
             f"{path} ({os.path.getsize(path)} bytes) cannot be read as tensors saved by torch.save "
-            f"({type(error).__name__}). It is truncated, of another format, or holds other Python objects, which are not loaded because they "
-            f"could run code; download or save it again"
+            f"({type(error).__name__}). It is truncated, of another format, or holds other Python objects, "
+            f"which are not loaded because they could run code; download or save it again"
         ) from error
     if not isinstance(state_dict, dict) or not all(isinstance(value, torch.Tensor) for value in state_dict.values()):
         kind = type(state_dict).__name__

@@ -10,8 +10,8 @@ NUM_UNIFORM_LAYERS = 5
 MAX_WIDTH = 1 << 17  # the widest language models have an eighth of this
 MAX_LAYERS = 1000  # the deepest ViTs have a few hundred blocks
 # setting -> its largest value: more points than a map has cells, a window beyond the map and a deeper projector would
-# only take memory. num_heads needs none, because it divides the width.
-LARGEST = {"num_points": 256, "window_size": 63}
+# only take memory. num_heads divides the width, too.
+LARGEST = {"num_heads": 1024, "num_points": 256, "window_size": 63}
 # attention kind -> the settings that concern only it; the class is in attention/<kind>.py
 ATTENTION_KINDS = {"deformable": ("num_points",), "dense": (), "window": ("window_size",)}
 # fusion -> whether it starts as an identity, so that a released LLaVA answers as before; the classes are in fusion.py
@@ -237,11 +237,7 @@ class MMFuserConfig:
         if not isinstance(self.self_attention, bool):
             raise ValueError(f"mm_fuser_self_attention={self.self_attention!r} is not allowed; use True or False")
         for name in ("num_heads", "num_points", "window_size"):
-            value = getattr(self, name)
-            largest = LARGEST.get(name)
-            if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= (largest or value):
-                allowed = f"from 1 to {largest}" if largest else "of at least 1"
-                raise ValueError(f"mm_fuser_{name}={value!r} is not allowed; use a whole number {allowed}")
+            check_count(getattr(self, name), LARGEST[name], f"mm_fuser_{name}")
         if self.window_size % 2 == 0:
             raise ValueError(
                 f"mm_fuser_window_size={self.window_size} is not allowed; a neighbourhood has a centre, so use an odd "
@@ -346,15 +342,16 @@ def read_setting(source: Any, name: str) -> Any:
     return source.get(name) if isinstance(source, dict) else getattr(source, name, None)
 
 
-def check_width(width: Any, setting: str = "hidden_size") -> None:
-    """Raise ValueError unless `width` can be that of a model."""
-    if not isinstance(width, int) or isinstance(width, bool) or not 1 <= width <= MAX_WIDTH:
-        raise ValueError(f"{setting}={width!r} is not allowed; a width is a whole number from 1 to {MAX_WIDTH}")
+def check_count(value: Any, largest: int, setting: str, least: int = 1) -> None:
+    """Raise ValueError unless `value` is a whole number in these bounds."""
+    if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= largest:
+        shown = str(value) if isinstance(value, int) and abs(value) < 1 << 64 else repr(value)[:40]
+        raise ValueError(f"{setting}={shown} is not allowed; use a whole number from {least} to {largest}")
 
 
 def check_num_heads(hidden_size: int, num_heads: int) -> None:
     """Raise ValueError unless the heads divide the width."""
-    check_width(hidden_size)
+    check_count(hidden_size, MAX_WIDTH, "hidden_size")
     if hidden_size % num_heads:
         allowed = [n for n in range(1, min(hidden_size, 64) + 1) if hidden_size % n == 0]
         raise ValueError(

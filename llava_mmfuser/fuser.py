@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from .attention import build_attention
-from .config import MAX_LAYERS, MMFuserConfig, check_num_heads
+from .config import MAX_LAYERS, MMFuserConfig, check_count, check_num_heads
 from .resettable import Gate, LayerNorm
 
 # authors' name -> ours; every other name is the same (paper.md lists them)
@@ -55,8 +55,7 @@ class MMFuser(nn.Module):
         window_size: int = 3,
     ):
         super().__init__()
-        if not isinstance(num_layers, int) or not 2 <= num_layers <= MAX_LAYERS:
-            raise ValueError(f"num_layers={num_layers!r} is not allowed; a fuser takes 2 to {MAX_LAYERS} feature maps")
+        check_count(num_layers, MAX_LAYERS, "num_layers", least=2)
         own = {"num_points": num_points, "window_size": window_size}
         MMFuserConfig(num_heads=num_heads, attention=attention, self_attention=self_attention, **own)
         check_num_heads(hidden_size, num_heads)

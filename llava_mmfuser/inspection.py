@@ -32,9 +32,11 @@ from .config import (
     CLIP_TYPES,
     FLAG_PREFIX,
     FUSIONS_WITHOUT_WEIGHTS,
+    MAX_LAYERS,
+    MAX_WIDTH,
     PROJECTOR_TYPE,
     MMFuserConfig,
-    check_width,
+    check_count,
     layers_setting,
     resolve_layers,
     spell,
@@ -216,8 +218,11 @@ def tower_config(name: str, local_files_only: bool = False) -> Any:
     try:
         kind = PretrainedConfig.get_config_dict(name, local_files_only=local_files_only)[0].get("model_type")
         if kind in CLIP_TYPES:
-            return CLIPVisionConfig.from_pretrained(name, local_files_only=local_files_only)
-    except OSError as error:
+            config = CLIPVisionConfig.from_pretrained(name, local_files_only=local_files_only)
+            check_count(config.hidden_size, MAX_WIDTH, f"vision_tower={name!r}: hidden_size")
+            check_count(config.num_hidden_layers, MAX_LAYERS, f"vision_tower={name!r}: num_hidden_layers")
+            return config
+    except (OSError, TypeError, AttributeError) as error:  # the last two of JSON that is no object
         reason = str(error).splitlines()[0]
         raise ValueError(f"the config of the vision tower {name!r} cannot be read: {reason}") from error
     raise ValueError(
@@ -233,7 +238,7 @@ def projector_shapes(config: Mapping[str, Any], settings: MMFuserConfig) -> Shap
         ValueError: the config lacks a width, or has one that the heads do not divide.
     """
     for name in ("mm_hidden_size", "hidden_size"):
-        check_width(config.get(name), f"config.json: {name}")
+        check_count(config.get(name), MAX_WIDTH, f"config.json: {name}")
     return expected_shapes(settings, config["mm_hidden_size"], config["hidden_size"])
 
 
@@ -286,7 +291,7 @@ def inspect(path: str) -> Tuple[List[str], Optional[str]]:
         ValueError: there is no such file or folder.
         OSError: reading fails.
     """
-    if not os.path.exists(path):
+    if not (os.path.isfile(path) or os.path.isdir(path)):  # reading a device may never end
         raise ValueError(f"{path} is neither a file nor a folder on this machine")
     lines: List[str] = []
     try:

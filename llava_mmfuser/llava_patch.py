@@ -13,7 +13,7 @@ import logging
 import os
 import sys
 from types import SimpleNamespace
-from typing import Any, Dict, List, Optional, Sequence, Tuple
+from typing import Any, Dict, Optional, Sequence, Tuple
 
 from . import trainer
 from .checkpoint import (

@@ -135,6 +135,7 @@ def drifted(tmp_path):
     return make
 
 
+ARCH = "model/llava_arch.py"
 CLIP, BUILDER = "model/multimodal_encoder/clip_encoder.py", "model/multimodal_projector/builder.py"
 
 
@@ -208,12 +209,71 @@ def test_status_shows_every_target_and_where_llava_is():
         assert any(line.split()[:2] == ["ok", row.target] for line in report.splitlines() if line.strip()), row.target
 
 
+def status_of(env):
+    done = subprocess.run(
+        [sys.executable, "-m", "llava_mmfuser", "status"], env=env, text=True, stdout=subprocess.PIPE, timeout=600
+    )
+    return done.returncode, done.stdout
+
+
+def test_status_says_what_llava_swallowed(drifted):
+    env, _ = drifted(ARCH, "from abc import", "raise OSError('libcudart.so.12: cannot open')\nfrom abc import")
+    code, report = status_of(env)
+    assert code == 1 and report.startswith(
+        "active: no, LLaVA cannot be imported: OSError: libcudart.so.12: cannot open"
+    )
+
+
+def test_status_outlives_a_module_that_exits_and_one_without_functions(drifted):
+    env, folder = drifted(ARCH.replace("llava_arch", "builder"), "import os", "raise SystemExit(3)\nimport os")
+    (folder / "llava" / CLIP).open("a").write("\nCLIPVisionTower.forward = 'text'\n")
+    code, report = status_of(env)
+    assert code == 1 and "loading: no, LLaVA cannot be imported: SystemExit: 3" in report
+    assert "CLIPVisionTower.forward  (expected a function, found str)" in report
+
+
+def test_status_of_a_llava_without_training_code(drifted):
+    env, folder = drifted(ARCH, "from abc import", "print('a host that talks')\nfrom abc import")
+    shutil.rmtree(folder / "llava" / "train")
+    code, report = status_of(env)
+    lines = ["active: yes, without training", "  models: yes", "  loading: yes"]
+    assert code == 0 and report.splitlines()[:3] == lines and "talks" not in report
+    assert f"  training: no, {folder / 'llava'} has no llava.train\n" in report
+
+
+RELOAD = """
+import importlib, sys
+NAMES = ("llava.model.llava_arch", "llava.model.builder", "llava.train.llava_trainer",
+         "llava.model.multimodal_encoder.clip_encoder", "llava.model.multimodal_projector.builder")
+from llava_mmfuser import deactivate, llava_patch
+def symbols():
+    arch, loader, trainer, clip, builder = map(importlib.import_module, NAMES)
+    return [arch.build_vision_projector, arch.LlavaMetaModel.initialize_vision_modules, builder.build_vision_projector,
+            loader.load_pretrained_model, trainer.LLaVATrainer.create_optimizer, clip.CLIPVisionTower.forward]
+def patched():
+    return ["mmfuser" in symbol.__code__.co_filename for symbol in symbols()]
+assert all(patched())
+for name in NAMES:
+    importlib.reload(sys.modules[name])
+    assert all(patched()), name
+for name in [name for name in sys.modules if name.split(".")[0] == "llava"]:
+    del sys.modules[name]
+assert all(patched()), "imported anew"
+deactivate()
+assert not any(patched())
+"""
+
+
+def test_reloaded_modules_stay_patched():
+    host.python(RELOAD)
+
+
 def test_status_in_an_environment_without_torch(source):
     done = subprocess.run(
         [sys.executable, "-S", "-m", "llava_mmfuser", "status"], cwd=source, text=True, stdout=subprocess.PIPE
     )
     assert done.returncode == 1
-    assert done.stdout.startswith("active: no, No module named 'torch'; this is the environment ")
+    assert done.stdout.startswith("active: no, ModuleNotFoundError: No module named 'torch'; this is the environment ")
 
 
 def test_run_takes_scripts_and_modules_where_the_hook_is_off(tmp_path):
@@ -226,6 +286,8 @@ from llava.model.multimodal_projector.builder import build_vision_projector
 config = SimpleNamespace(mm_projector_type="mmfuser", mm_hidden_size=32, hidden_size=8, mm_vision_select_layer=-2)
 print(__name__, sys.argv[1:], type(build_vision_projector(config)).__name__)
 """)
+    done = host.run([sys.executable, "-m", "llava_mmfuser", "run", "absent.py"], env=env, check=False)
+    assert done.returncode == 1 and len(done.stdout.splitlines()) == 1 and "'absent.py' cannot be run" in done.stdout
     for target in (script, "my_script"):
         done = host.run([sys.executable, "-m", "llava_mmfuser", "run", target, "--flag", "value"], env=env)
         assert done.stdout.splitlines()[-1] == "__main__ ['--flag', 'value'] MMFuserProjector"

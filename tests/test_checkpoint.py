@@ -111,7 +111,7 @@ def bad_file(kind, path):
     [
         ("missing", "no such file"),
         ("folder", "a folder; name the file in it, such as mm_projector.bin"),
-        ("truncated", r"bytes\) cannot be read as tensors saved by torch.save: .*truncated"),
+        ("truncated", r"bytes\) cannot be read as tensors saved by torch.save .*truncated"),
         ("empty", r"\(0 bytes\) cannot be read"),
         ("text", "cannot be read as tensors .* holds other Python objects"),
         ("code", "cannot be read as tensors .* could run code"),

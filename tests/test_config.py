@@ -1,9 +1,11 @@
+import sys
 from types import SimpleNamespace
 
 import pytest
 
 from llava_mmfuser import MMFuserConfig
-from llava_mmfuser.config import parse_layers, resolve_layers, spell
+from llava_mmfuser import __main__ as command_line
+from llava_mmfuser.config import parse_layers, parse_listed_layers, resolve_layers, spell
 
 VIT_L = SimpleNamespace(num_hidden_layers=24, hidden_size=1024)
 
@@ -192,8 +194,6 @@ def test_summary_names_what_matters():
 
 
 def test_command_shows_the_sets_of_any_depth():
-    import sys
-
     import host
 
     command = [sys.executable, "-m", "llava_mmfuser", "layers"]
@@ -202,3 +202,52 @@ def test_command_shows_the_sets_of_any_depth():
     assert "uniform  none below this layer" in host.run(command + ["4"]).stdout
     done = host.run(command + ["24", "--mm_vision_select_layer", "25"], check=False)
     assert done.returncode == 1 and "layer 25 does not exist; this vision tower has 24 blocks" in done.stdout
+
+
+@pytest.mark.parametrize(
+    "arguments,message",
+    [
+        (["layers", "1000000000"], "blocks=1000000000 is not allowed; use a whole number from 1 to 1000"),
+        (["layers", "9" * 5000], "is not allowed; use a whole number from 1 to 1000"),
+        (["layers", "\N{SUPERSCRIPT TWO}"], "cannot be read"),
+        (["inspect", "/dev/zero"], "/dev/zero is neither a file nor a folder"),
+        (["inspect", "FOLDER"], "nested too deep"),
+        (["run", "/"], "cannot be run as a script or as a module"),
+    ],
+)
+def test_odd_arguments_are_one_line(tmp_path, monkeypatch, capsys, arguments, message):
+    (tmp_path / "config.json").write_text("[" * 100000 + "]" * 100000)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr("sys.argv", ["llava_mmfuser", *(str(tmp_path) if a == "FOLDER" else a for a in arguments)])
+    monkeypatch.setattr("sys.path", list(sys.path))
+    assert command_line.main() == 1
+    out, err = capsys.readouterr()
+    assert len((out + err).splitlines()) <= 2 and message in out + err
+
+
+@pytest.mark.parametrize(
+    "settings,message",
+    [
+        (dict(num_points=10**9), "mm_fuser_num_points=1000000000 is not allowed; use a whole number from 1 to 256"),
+        (
+            dict(window_size=10**9 + 1),
+            "mm_fuser_window_size=1000000001 is not allowed; use a whole number from 1 to 63",
+        ),
+        (dict(num_heads=10**30), "mm_fuser_num_heads=1000.* is not allowed; use a whole number from 1 to 1024"),
+        (dict(projector="mlp1000000000x_gelu"), "mm_fuser_projector=.* with N from 1 to 99"),
+        (dict(layers="3," + "9" * 5000), "is not a list of layers"),
+        (dict(hidden_size=10**12), "hidden_size=1000000000000 is not allowed; use a whole number from 1 to 131072"),
+        (dict(num_layers=10**9), "num_layers=1000000000 is not allowed; use a whole number from 2 to 1000"),
+    ],
+)
+def test_every_number_has_a_bound(settings, message):
+    from llava_mmfuser import MMFuser
+
+    kind = MMFuser if {"hidden_size", "num_layers"} & set(settings) else MMFuserConfig
+    with pytest.raises(ValueError, match=message):
+        kind(**{**({"hidden_size": 64} if kind is MMFuser else {}), **settings})
+
+
+def test_a_set_of_a_tower_that_is_too_deep_is_refused():
+    with pytest.raises(ValueError, match="mm_fuser_layers=all .* more than 1000 layers"):
+        resolve_layers(parse_listed_layers("all"), 10**9, "mm_fuser_layers")

@@ -440,6 +440,17 @@ def test_no_picture_is_overwritten_and_maps_of_an_earlier_run_are_no_pictures(mo
     assert (folder / "b.maps.png").read_bytes() == before["a.png"]
 
 
+def test_names_that_are_no_text_are_escaped(models, picture, cli, tmp_path):
+    folder = tmp_path / "names"
+    folder.mkdir()
+    shutil.copy(picture, os.path.join(os.fsencode(folder), b"caf\xe9.png"))
+    (folder / "two\nlines.png").write_text("no picture")
+    shutil.copy(picture, folder / "z.png")
+    code, out, err = cli("--model-path", models / "clip", "--image", folder, "--output", tmp_path / "out")
+    assert code == 1 and [os.path.basename(line) for line in out[1:]] == ["caf_.maps.png", "z.maps.png"]
+    assert len(err) == 1 and "two lines.png: it cannot be read" in err[0]
+
+
 def test_unfinished_files_are_not_left_behind(models, picture, cli, tmp_path, monkeypatch):
     def full(stream, **arrays):
         stream.write(b"half")
