@@ -86,8 +86,7 @@ def _one(model: Model, source: str, path: str, at: Optional[Tuple[float, float]]
     """Do one picture; `path` is that of the results, without their endings. Returns a line for the user."""
     file = path + ".png"
     maps = feature_maps(model, read_picture(source), at)
-    name = os.path.basename(source)
-    figure = draw(maps, name if name.isprintable() else ascii(name)[1:-1])  # bytes that are no text cannot be drawn
+    figure = draw(maps, os.path.basename(source))
     with _beside(file) as stream:
         figure.savefig(stream, format="png")
     if npz:
@@ -211,10 +210,11 @@ def draw(maps: FeatureMaps, title: str) -> Any:
     rows = [height, height] + ([] if maps.samples is None else [WIDTH])
     width = WIDTH if maps.samples is not None else max(NARROW, area[2] * scale)
     board = _Board(1 + len(fields), rows, width, CAPTION + (() if maps.samples is None else SAMPLES_CAPTION))
+    text = f"{title}, {maps.picture.width} x {maps.picture.height}   |   {maps.label}"
     board.figure.text(
         LEFT / board.figure.get_size_inches()[0],
         1 - 0.12 / board.height,
-        f"{title}, {maps.picture.width} x {maps.picture.height}   |   {maps.label}".replace("$", r"\$"),
+        (text if text.isprintable() else ascii(text)[1:-1]).replace("$", r"\$"),  # bytes that are no text: no glyphs
         fontsize=11,
         va="top",
     )
