@@ -119,6 +119,8 @@ def _initialize_vision_modules(original, self, model_args, fsdp=None):
     self.config.mm_fuser_lr = getattr(model_args, "mm_fuser_lr", None)  # as upstream keeps mm_projector_lr
     original(self, model_args, fsdp=fsdp)
     projector = trainer.unwrapped(self.mm_projector)
+    if self.mm_projector is not projector:
+        self.mm_projector.original_module.requires_grad_(False)  # upstream unfreezes all that is below mm_projector
     projector.lr = self.config.mm_fuser_lr
     projector.log_gates = getattr(model_args, "mm_fuser_log_gates", True)
     query = model_args.mm_vision_select_layer
@@ -126,12 +128,13 @@ def _initialize_vision_modules(original, self, model_args, fsdp=None):
     if not isinstance(query, int) or query % (vision_config.num_hidden_layers + 1) != settings.layers[-1]:
         self.config.mm_vision_select_layer = settings.layers[-1]
     seed = getattr(model_args, SEED, None)
+    weights = None if adapter is None else matching_adapter(adapter, settings, projector.shapes(), vision_config)
     with trainer.gathered(projector.parameters(), modifier_rank=0):
         if seed is not None:
             with own_random_state(seed):
                 reset(projector.fuser, projector.missing if fused else dict(projector.fuser.named_parameters()))
-        if adapter is not None:
-            projector.load_state_dict(matching_adapter(adapter, settings, projector.shapes(), vision_config))
+        if weights is not None:
+            projector.load_state_dict(weights)
             source = adapter if projector.num_loaded or settings.fusion in FUSIONS_WITHOUT_WEIGHTS else source
     _report(projector, settings, source)
 

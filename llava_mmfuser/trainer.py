@@ -118,7 +118,7 @@ def check_trained(fuser: nn.Module, trained: Iterable[nn.Parameter]) -> None:
 
 
 UNTRAINED = (
-    "the fuser is fresh and would not be trained in this run: it would stay an identity in a checkpoint that calls "
+    "the fuser is still an identity and would not be trained in this run: it would stay one in a checkpoint that calls "
     "itself mmfuser. Drop --freeze_mm_mlp_adapter (or whatever else freezes model.mm_projector), start from a trained "
     "fuser (--pretrain_mm_mlp_adapter, or a checkpoint that has one), or write --mm_projector_type mlp2x_gelu"
 )
@@ -249,6 +249,11 @@ def _check_same_settings(model: nn.Module, checkpoint: str) -> None:
     if find_projector(model) is not None and config.get("mm_projector_type") == PROJECTOR_TYPE:
         settings = MMFuserConfig.from_llava(model.config)
         before, now = MMFuserConfig.from_llava(config).to_llava(), settings.to_llava()
+        # The optimizer's state brings the old rate back.
+        before["mm_fuser_lr"], now["mm_fuser_lr"] = (
+            config.get("mm_fuser_lr"),
+            getattr(model.config, "mm_fuser_lr", None),
+        )
         for name, value in before.items():
             if value != now[name] and name[len(FLAG_PREFIX) :] not in settings.without_effect:
                 raise ValueError(
