@@ -126,7 +126,7 @@ class Gate(Resettable, nn.Module):
 
 @contextlib.contextmanager
 def own_random_state(seed: Optional[int] = None) -> Iterator[None]:
-    """Within this context random numbers on the CPU have a seed of their own; afterwards they go on as if it had not been.
+    """Within this context random numbers on the CPU have a seed of their own; afterwards they go on as before it.
 
     Args:
         seed: None takes one that depends on where torch's generator stands, and so on `torch.manual_seed`.

@@ -249,11 +249,8 @@ def _check_same_settings(model: nn.Module, checkpoint: str) -> None:
     if find_projector(model) is not None and config.get("mm_projector_type") == PROJECTOR_TYPE:
         settings = MMFuserConfig.from_llava(model.config)
         before, now = MMFuserConfig.from_llava(config).to_llava(), settings.to_llava()
-        # The optimizer's state brings the old rate back.
-        before["mm_fuser_lr"], now["mm_fuser_lr"] = (
-            config.get("mm_fuser_lr"),
-            getattr(model.config, "mm_fuser_lr", None),
-        )
+        before["mm_fuser_lr"] = config.get("mm_fuser_lr")  # the optimizer's state brings it back
+        now["mm_fuser_lr"] = getattr(model.config, "mm_fuser_lr", None)
         for name, value in before.items():
             if value != now[name] and name[len(FLAG_PREFIX) :] not in settings.without_effect:
                 raise ValueError(

@@ -138,7 +138,9 @@ def textvqa(data, name):
     people = {"a": ["stop"] * 10, "b": ["main st"] * 2 + ["main street"] * 8, "c": ["7"] * 10}
     truth = [{"image_id": key, "question": f"What is {key}?", "answers": said} for key, said in people.items()]
     write(data / "textvqa/TextVQA_0.5.1_val.json", {"data": truth})
-    questions = [(key, f"{key}.jpg", f"What is {key}?\nReference OCR token: X{SHORT}", "default") for key in people]
+    questions = [
+        (key, f"{key}.jpg", f"What is {key}?\nReference OCR token: X{SHORT}", "default") for key in people
+    ]
     file = "llava_textvqa_val_v051_ocr.jsonl"
     short_answer(data, "textvqa", file, "train_images", questions, f"answers/{name}.jsonl", ["Stop", "main st", ""])
     # 1; two of ten people: (2 * 1/3 + 8 * 2/3) / 10 = 0.6; 0.
@@ -288,7 +290,7 @@ def refcoco(data, parts=1):
             for index in range(2)
         ]
         for part in range(parts):
-            table = pyarrow.Table.from_pylist(rows[part::parts] if parts > 1 else rows)
+            table = pyarrow.Table.from_pylist(rows[part :: parts] if parts > 1 else rows)
             file = folder / f"{split}-{part:05d}-of-{parts:05d}.parquet"
             pyarrow.parquet.write_table(table, file, row_group_size=1)
     return [f"{source} {split}" for source, split in splits]

@@ -92,13 +92,15 @@ def scripts():
         + f"python scripts/convert_seed_for_submission.py --annotation-file {EVAL}/seed_bench/SEED-Bench.json"
         f" --result-file {EVAL}/seed_bench/answers/{NAME}/merge.jsonl"
         f" --result-upload-file {EVAL}/seed_bench/answers_upload/{NAME}.jsonl",
-        "llavabench": ask(PLAIN, bench, "questions.jsonl", one, "images") + f"mkdir -p {EVAL}/{bench}/reviews\n"
+        "llavabench": ask(PLAIN, bench, "questions.jsonl", one, "images")
+        + f"mkdir -p {EVAL}/{bench}/reviews\n"
         f"python llava/eval/eval_gpt_review_bench.py --question {EVAL}/{bench}/questions.jsonl"
         f" --context {EVAL}/{bench}/context.jsonl --rule scripts/rule.json"
         f" --answer-list {EVAL}/{bench}/answers_gpt4.jsonl {EVAL}/{bench}/{one}"
         f" --output {EVAL}/{bench}/reviews/{NAME}.jsonl\n"
         f"python llava/eval/summarize_gpt_review.py -f {EVAL}/{bench}/reviews/{NAME}.jsonl",
-        "mmvet": ask(PLAIN, "mm-vet", "llava-mm-vet.jsonl", one, "images") + f"mkdir -p {EVAL}/mm-vet/results\n"
+        "mmvet": ask(PLAIN, "mm-vet", "llava-mm-vet.jsonl", one, "images")
+        + f"mkdir -p {EVAL}/mm-vet/results\n"
         f"python scripts/convert_mmvet_for_eval.py --src {EVAL}/mm-vet/{one} --dst {EVAL}/mm-vet/results/{NAME}.json",
     }
     for suite, split, flags in (
