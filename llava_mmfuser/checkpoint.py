@@ -59,6 +59,19 @@ def rename_published(state_dict: Dict[str, Any], prefix: str = "", linear: bool 
             state_dict[prefix + from_published(key[len(prefix) :], linear)] = state_dict.pop(key)
 
 
+def without_wrapper(state_dict: Dict[str, Any], prefix: str = "") -> None:
+    """Give a projector's tensors that were saved from within PEFT's ``modules_to_save`` their own names, in place.
+
+    Args:
+        state_dict: names to tensors; of the frozen original and its trained copy the copy is kept.
+        prefix: see `rename_published`.
+    """
+    for key in sorted(key for key in state_dict if key.startswith(prefix)):
+        wrapped = re.fullmatch(r"(modules_to_save\.[^.]+|original_module)\.(.+)", key[len(prefix) :])
+        if wrapped:  # in this order: the copies, then what has none
+            state_dict.setdefault(prefix + wrapped[2], state_dict.pop(key))
+
+
 def missing_fuser_keys(loaded_keys: Iterable[str], projector: Any) -> List[str]:
     """Names of the fuser's parameters that a checkpoint of a whole model lacks, sorted.
 
@@ -161,6 +174,7 @@ def read_adapter(path: str, optional: bool = False) -> Dict[str, torch.Tensor]:
     """
     state_dict = read_tensors(path)
     projector = {name.split(MARK, 1)[1]: value for name, value in state_dict.items() if MARK in name}
+    without_wrapper(projector)
     if not projector and not optional:
         raise ValueError(
             f"{path} has no weights of a projector (no name with {MARK!r}); it looks like {describe(state_dict)}; "

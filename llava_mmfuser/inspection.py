@@ -27,6 +27,7 @@ from .checkpoint import (
     read_config,
     read_tensors,
     to_published,
+    without_wrapper,
 )
 from .config import (
     CLIP_TYPES,
@@ -423,4 +424,6 @@ def read_tensor(folder: str, weight: Weight) -> torch.Tensor:
 
 def projector_weights(weights: Iterable[Weight]) -> Dict[str, Weight]:
     """Those of a projector, by their name behind ``mm_projector.``."""
-    return {weight.name.split(MARK, 1)[1]: weight for weight in weights if MARK in weight.name}
+    projector = {weight.name.split(MARK, 1)[1]: weight for weight in weights if MARK in weight.name}
+    without_wrapper(projector)
+    return projector

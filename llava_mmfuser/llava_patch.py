@@ -39,10 +39,11 @@ from .inspection import projector_shapes, tower_config
 from .ops import select_implementation
 from .patching import Patch, check_row, folder_of, replace, restore
 from .projector import MMFuserProjector
-from .resettable import Resettable, materialize
+from .resettable import Resettable, materialize, own_random_state, reset
 from .vision import SELECT_FEATURES, capture_layers, concat_layers
 
 logger = logging.getLogger("llava_mmfuser")
+SEED = "mm_fuser_seed"  # of the run, on `ModelArguments`; no flag
 
 
 def _tower_init(original, self, vision_tower, args, delay_load=False):
@@ -81,7 +82,8 @@ def _build_vision_projector(original, config, delay_load=False, **kwargs):
 
 
 def _initialize_vision_modules(original, self, model_args, fsdp=None):
-    projector = getattr(self, "mm_projector", None)
+    holder = getattr(self, "mm_projector", None)
+    projector = trainer.unwrapped(holder)
     wanted = getattr(model_args, "mm_projector_type", "linear") == PROJECTOR_TYPE
     fused = isinstance(projector, MMFuserProjector)
     if not wanted:
@@ -109,22 +111,31 @@ def _initialize_vision_modules(original, self, model_args, fsdp=None):
     adapter, model_args = model_args.pretrain_mm_mlp_adapter, copy.copy(model_args)
     model_args.pretrain_mm_mlp_adapter = None
     if projector is not None and not fused:
-        self.mm_projector = _put_fuser_in_front(projector, settings, tower)
+        projector = _put_fuser_in_front(projector, settings, tower)
+        wrapped = trainer.is_wrapper(holder)
+        self.mm_projector = type(holder)(projector, holder.active_adapter) if wrapped else projector
     self.config.update(settings.to_llava())
     self.config.mm_fuser_lr = getattr(model_args, "mm_fuser_lr", None)  # as upstream keeps mm_projector_lr
     original(self, model_args, fsdp=fsdp)
-    self.mm_projector.lr = self.config.mm_fuser_lr
-    self.mm_projector.log_gates = getattr(model_args, "mm_fuser_log_gates", True)
+    projector = trainer.unwrapped(self.mm_projector)
+    if self.mm_projector is not projector:
+        self.mm_projector.original_module.requires_grad_(False)  # upstream unfreezes all that is below mm_projector
+    projector.lr = self.config.mm_fuser_lr
+    projector.log_gates = getattr(model_args, "mm_fuser_log_gates", True)
     query = model_args.mm_vision_select_layer
     vision_config = self.get_vision_tower().config
     if not isinstance(query, int) or query % (vision_config.num_hidden_layers + 1) != settings.layers[-1]:
         self.config.mm_vision_select_layer = settings.layers[-1]
-    if adapter is not None:
-        weights = matching_adapter(adapter, settings, self.mm_projector.shapes(), vision_config)
-        with trainer.gathered(self.mm_projector.parameters(), modifier_rank=0):
-            self.mm_projector.load_state_dict(weights)
-        source = adapter if self.mm_projector.num_loaded or settings.fusion in FUSIONS_WITHOUT_WEIGHTS else source
-    _report(self.mm_projector, settings, source)
+    seed = getattr(model_args, SEED, None)
+    weights = None if adapter is None else matching_adapter(adapter, settings, projector.shapes(), vision_config)
+    with trainer.gathered(projector.parameters(), modifier_rank=0):
+        if seed is not None:
+            with own_random_state(seed):
+                reset(projector.fuser, projector.missing if fused else dict(projector.fuser.named_parameters()))
+        if weights is not None:
+            projector.load_state_dict(weights)
+            source = adapter if projector.num_loaded or settings.fusion in FUSIONS_WITHOUT_WEIGHTS else source
+    _report(projector, settings, source)
 
 
 def _initialize_weights(original, self, module, *args, **kwargs):
@@ -145,8 +156,8 @@ def _load_pretrained_weights(original, *args, **kwargs):
             # tied ones and leaves them on the meta device.
             materialize(projector)
             settings = MMFuserConfig.from_llava(given["model"].config)
-            missing = missing_fuser_keys(given["loaded_keys"], projector)
-            _report(projector, settings, given["pretrained_model_name_or_path"], missing)
+            projector.missing = missing_fuser_keys(given["loaded_keys"], projector)
+            _report(projector, settings, given["pretrained_model_name_or_path"], projector.missing)
     return loaded
 
 
@@ -154,6 +165,17 @@ def _parser_init(original, self, dataclass_types, *args, **kwargs):
     single = dataclasses.is_dataclass(dataclass_types)
     extended = [_with_flags(kind) for kind in ([dataclass_types] if single else dataclass_types)]
     original(self, extended[0] if single else extended, *args, **kwargs)
+
+
+def _parse_arguments(original, self, *args, **kwargs):
+    parsed = original(self, *args, **kwargs)
+    model_args = next((part for part in parsed if hasattr(part, "mm_projector_type")), None)
+    training_args = next((part for part in parsed if hasattr(part, "output_dir")), None)
+    if getattr(model_args, "mm_projector_type", None) == PROJECTOR_TYPE and training_args is not None:
+        setattr(model_args, SEED, training_args.seed)
+        if getattr(training_args, "freeze_mm_mlp_adapter", False) and not _brings_fuser(model_args):
+            raise ValueError(f"freeze_mm_mlp_adapter=True, but {trainer.UNTRAINED}")
+    return parsed
 
 
 def _load_llava(original, model_path, model_base, model_name, *args, **kwargs):
@@ -219,6 +241,12 @@ _MODEL_PATCHES = (
         "the mm_fuser_* flags, and lists in mm_vision_select_layer",
     ),
     Patch(
+        "transformers.hf_argparser:HfArgumentParser.parse_args_into_dataclasses",
+        _parse_arguments,
+        ("self", "args"),
+        "the run's seed for a fresh fuser, which may not be frozen",
+    ),
+    Patch(
         "transformers.models.clip.modeling_clip:CLIPEncoderLayer.forward",
         None,
         ("self", "hidden_states", "attention_mask", "causal_attention_mask"),
@@ -269,13 +297,19 @@ _TRAINER_PATCHES = (
         "transformers.trainer:deepspeed_init",
         trainer.deepspeed_init,
         ("trainer", "num_training_steps"),
-        "refuses mm_fuser_lr where DeepSpeed's own optimizer would ignore it",
+        "refuses mm_fuser_lr, and a fresh fuser that is frozen, where DeepSpeed has its own optimizer",
     ),
     Patch(
         _TRAINER + ".log",
         trainer.log,
         ("self", "logs"),
         "the gates beside the loss",
+    ),
+    Patch(
+        _TRAINER + "._load_best_model",
+        trainer.load_best_model,
+        ("self",),
+        "load_best_model_at_end restores the projector of stage 1 and of LoRA",
     ),
 )
 # Module of LLaVA -> what is patched right after its import, and what for.
@@ -388,6 +422,16 @@ def _check_arguments(arguments: Any) -> None:
                 read_adapter(arguments.pretrain_mm_mlp_adapter)
             except ValueError as error:
                 raise ValueError(f"pretrain_mm_mlp_adapter={error}") from error
+
+
+def _brings_fuser(arguments: Any) -> bool:
+    """Whether `ModelArguments` name weights of a fuser, or it cannot be known yet (a name on the Hub)."""
+    adapter, path = arguments.pretrain_mm_mlp_adapter, arguments.model_name_or_path
+    if MMFuserConfig.from_llava(arguments).fusion in FUSIONS_WITHOUT_WEIGHTS:
+        return True
+    if adapter is not None and any(name.startswith(("fuser.", "0.gamma")) for name in read_adapter(adapter)):
+        return True
+    return not os.path.isdir(path) or (read_config(path) or {}).get("mm_projector_type") == PROJECTOR_TYPE
 
 
 def _refuse_layer_list(args: Any) -> None:

@@ -7,10 +7,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .checkpoint import MARK, Shapes, compare, rename_published
+from .checkpoint import MARK, Shapes, compare, rename_published, without_wrapper
 from .config import MMFuserConfig
 from .fusion import ChannelConcat, build_fusion
-from .resettable import Resettable
+from .resettable import Resettable, own_random_state
 
 logger = logging.getLogger("llava_mmfuser")
 
@@ -35,6 +35,7 @@ class MMFuserProjector(Resettable, nn.Module):
             self.register_parameter(name, parameter)
         self.fuser = fuser
         self.num_loaded = None  # fuser tensors in the last state dict that had any of this projector's
+        self.missing = []  # names of the fuser's tensors that the checkpoint lacked from which this was loaded
         self.lr = None  # of the fuser; None takes that of the projector
         self.log_gates = True  # whether the Trainer logs the fuser's gates
         self._problems = None  # what that state dict lacked or had too much
@@ -42,9 +43,14 @@ class MMFuserProjector(Resettable, nn.Module):
 
     @classmethod
     def build(cls, settings: MMFuserConfig, hidden_size: int, projector: nn.Module) -> "MMFuserProjector":
-        """Put a fresh fuser for feature maps of width hidden_size in front of a projector."""
+        """Put a fresh fuser for feature maps of width hidden_size in front of a projector.
+
+        What is drawn at random afterwards is the same as without the fuser.
+        """
         first = projector if isinstance(projector, nn.Linear) else projector[0]
-        return cls(build_fusion(settings, hidden_size, first.out_features), projector)
+        with own_random_state():
+            fuser = build_fusion(settings, hidden_size, first.out_features)
+        return cls(fuser, projector)
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
         """Fuse and project what the patched vision tower returns.
@@ -95,6 +101,7 @@ class MMFuserProjector(Resettable, nn.Module):
             self.bias.uniform_(-bound, bound)
 
     def _load_from_state_dict(self, state_dict, prefix, *args) -> None:
+        without_wrapper(state_dict, prefix)
         rename_published(state_dict, prefix, linear="weight" in self._parameters)
         shapes = {key[len(prefix) :]: tuple(value.shape) for key, value in state_dict.items() if key.startswith(prefix)}
         fuser = {"fuser." + name for name, _ in self.fuser.named_parameters()}

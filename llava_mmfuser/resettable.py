@@ -9,8 +9,9 @@ whose `reset_parameters` uses plain tensor operations; `llava_patch` calls it ag
 (quantisation, LoRA targets, the LLM's weight initialisation) then pass the fuser by.
 """
 
+import contextlib
 import math
-from typing import Tuple, Union
+from typing import Container, Iterator, Optional, Tuple, Union
 
 import torch
 import torch.nn.functional as F
@@ -47,7 +48,9 @@ class Linear(Resettable, nn.Module):
     @torch.no_grad()
     def reset_parameters(self) -> None:
         bound = math.sqrt(6 / (self.in_features + self.out_features))
-        self.weight.uniform_(-bound, bound)
+        if not self.weight.is_meta:  # drawn on the CPU in float32: the same numbers on every device and in every dtype
+            values = torch.empty(self.weight.shape, dtype=torch.float32, device="cpu")
+            self.weight.copy_(values.uniform_(-bound, bound))
         if self.bias is not None:
             self.bias.zero_()
 
@@ -121,18 +124,40 @@ class Gate(Resettable, nn.Module):
         return torch.addcmul(residual, x.to(residual.dtype), self.scale.to(residual.dtype))
 
 
+@contextlib.contextmanager
+def own_random_state(seed: Optional[int] = None) -> Iterator[None]:
+    """Within this context random numbers on the CPU have a seed of their own; afterwards they go on as before it.
+
+    Args:
+        seed: None takes one that depends on where torch's generator stands, and so on `torch.manual_seed`.
+    """
+    with torch.random.fork_rng(devices=[]):
+        seed = torch.randint(2**62, (), device="cpu").item() if seed is None else seed
+        torch.default_generator.manual_seed(seed)  # unlike `torch.manual_seed` it leaves other devices alone
+        yield
+
+
+@torch.no_grad()
+def reset(module: nn.Module, names: Container[str]) -> None:
+    """Give these parameters of `Resettable`s below `module` their initial values; all others keep theirs."""
+    for path, leaf in module.named_modules():
+        if isinstance(leaf, Resettable):
+            own = dict(leaf.named_parameters(recurse=False))
+            kept = {name: own[name].clone() for name in own if f"{path}.{name}".lstrip(".") not in names}
+            if len(kept) < len(own):
+                leaf.reset_parameters()
+                for name, value in kept.items():
+                    own[name].copy_(value)
+
+
 def materialize(module: nn.Module) -> None:
     """Give parameters of `Resettable`s below `module` that are on the meta device their initial values on the CPU."""
-    for leaf in module.modules():
-        if isinstance(leaf, Resettable) and any(parameter.is_meta for parameter in leaf.parameters(recurse=False)):
-            loaded = {}
+    names = set()
+    for path, leaf in module.named_modules():
+        if isinstance(leaf, Resettable):
             for name, parameter in list(leaf.named_parameters(recurse=False)):
                 if parameter.is_meta:
                     value = torch.empty_like(parameter, device="cpu")
                     setattr(leaf, name, nn.Parameter(value, requires_grad=parameter.requires_grad))
-                else:
-                    loaded[name] = parameter.detach().clone()
-            leaf.reset_parameters()
-            with torch.no_grad():
-                for name, value in loaded.items():
-                    getattr(leaf, name).copy_(value)
+                    names.add(f"{path}.{name}".lstrip("."))
+    reset(module, names)

@@ -5,8 +5,9 @@ model they do nothing but call it.
 """
 
 import contextlib
-import functools
+import logging
 import os
+import re
 import sys
 from typing import Any, ContextManager, Dict, Iterable, Iterator, Optional, Tuple
 
@@ -19,10 +20,25 @@ from .fusion import TokenConcat, WeightedSum
 from .projector import MMFuserProjector
 from .resettable import Gate, LayerNorm
 
+logger = logging.getLogger("llava_mmfuser")
+
+
+def is_wrapper(module: Any) -> bool:
+    """Whether it is what PEFT's ``modules_to_save`` puts around a module: the frozen original beside trained copies."""
+    return isinstance(getattr(module, "modules_to_save", None), nn.ModuleDict)
+
+
+def unwrapped(module: Any) -> Any:
+    """The copy in use where PEFT's ``modules_to_save`` has wrapped a module, else the module itself."""
+    if not is_wrapper(module):
+        return module
+    name = module.active_adapter
+    return module.modules_to_save[name] if name in module.modules_to_save else module.original_module
+
 
 def find_projector(model: nn.Module) -> Optional[MMFuserProjector]:
-    """The projector with fuser inside a model, wrapped by PEFT or not; None where there is none."""
-    return next((module for module in model.modules() if isinstance(module, MMFuserProjector)), None)
+    """The projector with fuser that a model uses, wrapped by PEFT or not; None where there is none."""
+    return next((module for module in map(unwrapped, model.modules()) if isinstance(module, MMFuserProjector)), None)
 
 
 def gathered(parameters: Iterable[nn.Parameter], modifier_rank: Optional[int] = None) -> ContextManager:
@@ -77,6 +93,37 @@ def regroup(optimizer: torch.optim.Optimizer, fuser: nn.Module, lr: Optional[flo
         optimizer.add_param_group(group)
 
 
+def check_trained(fuser: nn.Module, trained: Iterable[nn.Parameter]) -> None:
+    """Refuse to train around a fuser that is an identity and would stay one; say so where a trained one is kept.
+
+    Args:
+        fuser: the block.
+        trained: what the optimizer holds.
+
+    Raises:
+        ValueError: the parameter that every change of the output passes through is zero, and the optimizer lacks it.
+    """
+    names = "cross_gate.scale", "scale", "extra.weight"  # of MMFuser, weighted_sum, channel_concat and dense_channel
+    gate = next((parameter for name, parameter in fuser.named_parameters() if name in names), None)
+    trained = {id(parameter) for parameter in trained}
+    if gate is None or id(gate) in trained:
+        return
+    with gathered([gate]):
+        value = gate.detach()
+        identity = not (value[:-1] if isinstance(fuser, WeightedSum) else value).any()
+    if identity:
+        raise ValueError(UNTRAINED)
+    if not any(id(parameter) in trained for parameter in fuser.parameters()):
+        logger.info("the fuser is not trained in this run; it stays as it was trained before")
+
+
+UNTRAINED = (
+    "the fuser is still an identity and would not be trained in this run: it would stay one in a checkpoint that calls "
+    "itself mmfuser. Drop --freeze_mm_mlp_adapter (or whatever else freezes model.mm_projector), start from a trained "
+    "fuser (--pretrain_mm_mlp_adapter, or a checkpoint that has one), or write --mm_projector_type mlp2x_gelu"
+)
+
+
 def check_token_budget(model: nn.Module, projector: MMFuserProjector) -> None:
     """Refuse a token concatenation of which LLaVA would cut off the end: its sequences end at ``model_max_length``.
 
@@ -105,7 +152,9 @@ def gate_means(fuser: nn.Module) -> Dict[str, float]:
 
 def _trainables(model: nn.Module) -> Iterator[Tuple[str, nn.Parameter]]:
     """What is trained besides LoRA, as upstream's ``non_lora_trainables.bin``."""
-    return ((name, value) for name, value in model.named_parameters() if value.requires_grad and "lora_" not in name)
+    for name, value in model.named_parameters():
+        if value.requires_grad and "lora_" not in name:
+            yield re.sub(r"\.modules_to_save\.[^.]+", "", name), value
 
 
 def save_trainables(model: nn.Module, path: str, write: bool) -> None:
@@ -151,16 +200,19 @@ def create_optimizer(original, self):
     if created and projector is not None:
         check_token_budget(self.model, projector)
         regroup(optimizer, projector.fuser, projector.lr)
+    if projector is not None:
+        check_trained(projector.fuser, (p for group in optimizer.param_groups for p in group["params"]))
     return optimizer
 
 
 def deepspeed_init(original, self, *args, **kwargs):
     projector = find_projector(self.model)
-    lr = None if projector is None else projector.lr
-    if lr is not None:
-        config = self.accelerator.state.deepspeed_plugin.hf_ds_config.config
+    if projector is not None:
+        lr, config = projector.lr, self.accelerator.state.deepspeed_plugin.hf_ds_config.config
         sections = [section for section in ("optimizer", "scheduler") if section in config]
-        if sections:
+        if "optimizer" in sections:  # then `create_optimizer` is not called
+            check_trained(projector.fuser, filter(lambda parameter: parameter.requires_grad, self.model.parameters()))
+        if lr is not None and sections:
             raise ValueError(
                 f"mm_fuser_lr={lr}, but the DeepSpeed configuration has the section {' and '.join(sections)}, which "
                 f"has one learning rate for all; delete it there (LLaVA's zero2.json and zero3.json have none), or "
@@ -197,6 +249,8 @@ def _check_same_settings(model: nn.Module, checkpoint: str) -> None:
     if find_projector(model) is not None and config.get("mm_projector_type") == PROJECTOR_TYPE:
         settings = MMFuserConfig.from_llava(model.config)
         before, now = MMFuserConfig.from_llava(config).to_llava(), settings.to_llava()
+        before["mm_fuser_lr"] = config.get("mm_fuser_lr")  # the optimizer's state brings it back
+        now["mm_fuser_lr"] = getattr(model.config, "mm_fuser_lr", None)
         for name, value in before.items():
             if value != now[name] and name[len(FLAG_PREFIX) :] not in settings.without_effect:
                 raise ValueError(
@@ -241,6 +295,14 @@ def load_from_checkpoint(original, self, resume_from_checkpoint, model=None):
         load_trainables(self.model, os.path.join(resume_from_checkpoint, file))
 
 
+def load_best_model(original, self):
+    file = _trainables_file(self.model)
+    if file != ADAPTER or self.is_deepspeed_enabled:
+        original(self)
+    if file is not None and not self.is_deepspeed_enabled:  # its own checkpoints have all that is trained
+        load_trainables(self.model, os.path.join(self.state.best_model_checkpoint, file))
+
+
 def deepspeed_load_checkpoint(original, deepspeed_engine, checkpoint_path, *args, **kwargs):
     _check_same_settings(deepspeed_engine.module, checkpoint_path)
     if _trainables_file(deepspeed_engine.module) is None:
@@ -251,8 +313,9 @@ def deepspeed_load_checkpoint(original, deepspeed_engine, checkpoint_path, *args
 
 @contextlib.contextmanager
 def _replaced(instance: Any, method: str, **arguments: Any) -> Iterator[None]:
-    """Within this context the method has these arguments set."""
-    setattr(instance, method, functools.partial(getattr(instance, method), **arguments))
+    """Within this context the method has these arguments set, whatever it is called with."""
+    original = getattr(instance, method)
+    setattr(instance, method, lambda *args, **kwargs: original(*args, **{**kwargs, **arguments}))
     try:
         yield
     finally:
