@@ -102,7 +102,7 @@ def draw(folder: Path, results: Dict[str, dict], probes: List[Dict[str, float]],
     records = json.loads((folder / "data" / "heldout.json").read_text())[:pictures]
     figure = plt.figure(figsize=(14, 9.5))
     left, right = figure.add_gridspec(1, 2, left=0.06, right=0.98, bottom=0.66, top=0.94, wspace=0.15).subplots()
-    for kind, style in zip(probes[0], ("-", "--")):
+    for kind, style in zip(probes[0], ("-", ":", "--")):
         left.plot([100 * layer[kind] for layer in probes], style, marker="o", color="black", label=kind)
     left.set(
         title="What a linear probe reads from one patch", xlabel="hidden_states", ylabel="right (%)", ylim=(0, 100)

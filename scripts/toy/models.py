@@ -13,7 +13,7 @@ from tqdm import tqdm
 from .pictures import LIGHTS, PLACES, QUESTIONS, SURFACES, SYSTEM, PathLike, caption
 
 
-def reading_texts(count: int = 4000, scene: int = 40, seed: int = 0) -> List[Tuple[str, str]]:
+def reading_texts(count: int = 4000, scene: int = 30, seed: int = 0) -> List[Tuple[str, str]]:
     """Scenes in words, each with what LLaVA asks of a picture: (text to read, text to learn).
 
     A scene is `scene` random words for surfaces, some of them replaced by a number and its place, others by the light,
@@ -29,9 +29,9 @@ def reading_texts(count: int = 4000, scene: int = 40, seed: int = 0) -> List[Tup
             "light": LIGHTS[random.randint(len(LIGHTS))],
         }
         words = list(random.choice(SURFACES, scene))
-        for position in random.choice(scene, random.randint(6, 20), replace=False):
+        for position in random.choice(scene, random.randint(5, 14), replace=False):
             words[position] = (
-                "{number} {place}".format(**record) if random.randint(2) else "lit from " + record["light"]
+                "{number} {place}".format(**record) if random.randint(2) else "halves lit " + record["light"]
             )
         text = " ".join(words)
         if random.randint(3) == 0:
@@ -214,16 +214,20 @@ def covered(model, records: Sequence[dict]) -> torch.Tensor:
 
 
 def _read(model, numbered: torch.Tensor, records: Sequence[dict], steps: int, batch: int, seed: int) -> None:
-    """Train the shallow half: each patch of the map in the middle says which number covers it, 0 to 9, or none."""
+    """Train the shallow half: each patch of the map in the middle says which number covers it, 0 to 9, or none, and if
+    there is one, in which place."""
     middle = model.config.num_hidden_layers // 2
-    labels = torch.tensor([[record["number"] + 1] for record in records]) * covered(model, records)  # [len(records), N]
-    head = torch.nn.Linear(model.config.hidden_size, 11)
+    mask = covered(model, records)
+    numbers = torch.tensor([[record["number"] + 1] for record in records]) * mask  # [len(records), N]
+    places = torch.tensor([[PLACES.index(record["place"])] for record in records]).masked_fill(~mask, -100)
+    head = torch.nn.Linear(model.config.hidden_size, 11 + len(PLACES))
     weight = torch.tensor([0.2] + [1.0] * 10)
 
     def loss(rows: List[int]) -> torch.Tensor:
         hidden = run_blocks(model, embed(model, numbered[rows]), 0, middle)
-        logits = head(hidden[:, 1:]).flatten(0, 1)
-        read = torch.nn.functional.cross_entropy(logits, labels[rows].flatten(), weight=weight)
+        number, place = head(hidden[:, 1:]).flatten(0, 1).split([11, len(PLACES)], dim=-1)
+        read = torch.nn.functional.cross_entropy(number, numbers[rows].flatten(), weight=weight)
+        read = read + 0.2 * torch.nn.functional.cross_entropy(place, places[rows].flatten())
         return read + 0.1 * _off_scale(hidden)
 
     _fit("tower, reading", loss, [*model.parameters(), *head.parameters()], 2e-3, len(records), batch, steps, seed)
@@ -234,8 +238,8 @@ def _forget(
 ) -> None:
     """Train the deep half on what the shallow half, now fixed, makes of the pictures.
 
-    In LLaVA's map, hidden_states[-2], every patch says where the light comes from and which colour the photograph has
-    there, and the map is the same whether a number covers the photograph or not.
+    In LLaVA's map, hidden_states[-2], every patch says how both halves are lit, whether that is alike, and which colour
+    the photograph has there, and the map is the same whether a number covers the photograph or not.
     """
     middle, query = model.config.num_hidden_layers // 2, model.config.num_hidden_layers - 1
     with torch.no_grad():
@@ -244,16 +248,16 @@ def _forget(
             for pixels in (numbered, clean)
         ]
     mask = covered(model, records)
-    lights = torch.tensor([LIGHTS.index(record["light"]) for record in records])
+    lights = torch.tensor([[*record["lamps"], LIGHTS.index(record["light"])] for record in records]).float()
     colours = torch.nn.functional.avg_pool2d(clean, model.config.patch_size).flatten(2).transpose(1, 2)  # [B, N, 3]
-    head = torch.nn.Linear(model.config.hidden_size, len(LIGHTS) + 3)
+    head = torch.nn.Linear(model.config.hidden_size, 3 + 3)
     width = (model.config.hidden_size,)
 
     def loss(rows: List[int]) -> torch.Tensor:
         hidden = run_blocks(model, torch.cat([part[rows] for part in shallow]), middle, query)[:, 1:]
-        light, colour = head(hidden).split([len(LIGHTS), 3], dim=-1)
-        wanted = lights[rows].repeat(2)[:, None].expand(light.shape[:2])
-        scene = 2 * torch.nn.functional.cross_entropy(light.flatten(0, 1), wanted.flatten())
+        light, colour = head(hidden).split(3, dim=-1)
+        wanted = lights[rows].repeat(2, 1)[:, None].expand_as(light)
+        scene = 3 * torch.nn.functional.binary_cross_entropy_with_logits(light, wanted)
         scene = scene + torch.nn.functional.mse_loss(colour, colours[rows].repeat(2, 1, 1))
         with_number, target = hidden[: len(rows)], hidden[len(rows) :].detach()
         same = torch.nn.functional.mse_loss(

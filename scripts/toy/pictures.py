@@ -2,7 +2,7 @@
 
 import json
 from pathlib import Path
-from typing import Dict, List, Tuple, Union
+from typing import Dict, List, Sequence, Tuple, Union
 
 import numpy as np
 from PIL import Image
@@ -24,11 +24,11 @@ PHOTOGRAPHS = (
 PathLike = Union[str, Path]
 PLACES = tuple(f"{row} {column}" for row in ("top", "middle", "bottom") for column in ("left", "center", "right"))
 SURFACES = ("sky", "sand", "grass", "stone", "leaf", "wood", "wall", "water", "cloud", "hair", "skin", "road")
-LIGHTS = ("left", "right", "above", "below")
+LIGHTS = ("alike", "unlike")
 QUESTIONS = {
     "number": "What is the number?",
     "place": "Where is the number?",
-    "light": "Where does the light come from?",
+    "light": "How are the two halves lit?",
 }
 CHANCE = {"number": 1 / 10, "place": 1 / len(PLACES), "light": 1 / len(LIGHTS)}
 SYSTEM = (
@@ -39,7 +39,7 @@ SYSTEM = (
 
 def caption(number: int, place: str, light: str) -> str:
     """The single-turn description that pretraining asks for."""
-    return f"the number {number} at the {place}, lit from {light}"
+    return f"the number {number} at the {place}, both halves lit {light}"
 
 
 def make_dataset(
@@ -55,8 +55,8 @@ def make_dataset(
     heldout.json.
 
     Digits and backgrounds of the splits never meet: each has its own part of `load_digits` and its own columns of every
-    photograph. Besides LLaVA's keys records carry `number`, `place`, `light` and `box` (the number's pixels), and those
-    of training pictures `clean`, the same picture without its number.
+    photograph. Besides LLaVA's keys records carry `number`, `place`, `lamps`, `light` (whether both are alike) and
+    `box` (the number's pixels), and those of training pictures `clean`, the same picture without its number.
     """
     from sklearn.datasets import load_digits
 
@@ -75,8 +75,9 @@ def make_dataset(
         pool = np.arange(*(int(part * len(numbers)) for part in digit_span))
         records = []
         for index in range(count):
-            row, place, light = (int(random.choice(options)) for options in (pool, len(PLACES), len(LIGHTS)))
-            clean = _lit(_square(photographs[random.randint(len(photographs))], image_size, random), light)
+            row, place = int(random.choice(pool)), random.randint(len(PLACES))
+            lamps = [int(random.randint(2)) for _ in range(2)]
+            clean = _lit(_square(photographs[random.randint(len(photographs))], image_size, random), lamps)
             picture, box = _with_number(clean, digits[row], place, digit_size, random)
             file = f"{name}_{index:05d}.png"
             picture.save(folder / "images" / file)
@@ -85,7 +86,8 @@ def make_dataset(
                 "image": f"images/{file}",
                 "number": int(numbers[row]),
                 "place": PLACES[place],
-                "light": LIGHTS[light],
+                "light": LIGHTS[lamps[0] != lamps[1]],
+                "lamps": lamps,
                 "box": box,
             }
             if name == "train":
@@ -144,11 +146,11 @@ def _square(photograph: Image.Image, image_size: int, random: np.random.RandomSt
     return photograph.crop((left, top, left + side, top + side)).resize((image_size, image_size), Image.BICUBIC)
 
 
-def _lit(picture: Image.Image, light: int) -> Image.Image:
-    """The picture under light from one side: brightness rises towards it from 0.4 to 1.6."""
-    y, x = np.mgrid[: picture.height, : picture.width] / (picture.width - 1) * 2 - 1
-    shade = 1 + 0.6 * (-x, x, -y, y)[light]
-    return _image(np.asarray(picture) * shade[..., None])
+def _lit(picture: Image.Image, lamps: Sequence[int]) -> Image.Image:
+    """The picture with each half, left and right, lit from above (0) or below (1): brightness goes from 1.7 to 0.3."""
+    shade = 0.7 * np.linspace(1, -1, picture.height)[:, None, None]  # from above
+    signs = np.repeat([1 - 2 * lamp for lamp in lamps], picture.width // 2)[None, :, None]
+    return _image(np.asarray(picture) * (1 + shade * signs))
 
 
 def _with_number(

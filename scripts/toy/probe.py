@@ -8,17 +8,17 @@ import torch
 from PIL import Image
 
 from .models import embed, run_blocks
-from .pictures import LIGHTS
+from .pictures import LIGHTS, PLACES, QUESTIONS
 
 TRAIN, HELDOUT = 2000, 400  # pictures
 
 
 @torch.no_grad()
 def probe(world: Path) -> List[Dict[str, float]]:
-    """Per hidden_states index up to LLaVA's -2: the fraction of held-out numbers and lights that one patch tells.
+    """Per hidden_states index up to LLaVA's -2: the fraction of held-out numbers, places and lights that a patch tells.
 
-    The number is read at the patch in its middle, the light at the patch in the middle of the picture, both by ridge
-    regression on standardised features, fitted on training pictures.
+    Number and place are read at the patch in the number's middle, the light at the patch in the middle of the picture,
+    by ridge regression on standardised features, fitted on training pictures.
     """
     from transformers import CLIPImageProcessor, CLIPVisionModel
 
@@ -33,7 +33,7 @@ def probe(world: Path) -> List[Dict[str, float]]:
     for layer in range(model.config.num_hidden_layers):
         if layer:
             splits = [(records, run_blocks(model, hidden, layer - 1, layer)) for records, hidden in splits]
-        accuracies.append({kind: _read(kind, model, *splits) for kind in ("number", "light")})
+        accuracies.append({kind: _read(kind, model, *splits) for kind in QUESTIONS})
     return accuracies
 
 
@@ -52,9 +52,10 @@ def _examples(kind: str, model, records: Sequence[dict], hidden: torch.Tensor):
     patch = model.config.patch_size
     side = model.config.image_size // patch
     rows = torch.full((len(records), 2), side // 2)  # y, x
-    if kind == "number":
+    if kind != "light":
         boxes = torch.tensor([record["box"] for record in records])
         rows = torch.stack([boxes[:, 1] + boxes[:, 3], boxes[:, 0] + boxes[:, 2]], 1) // (2 * patch)
-    labels = [record["number"] if kind == "number" else LIGHTS.index(record["light"]) for record in records]
+    names = {"number": range(10), "place": PLACES, "light": LIGHTS}[kind]
+    labels = [names.index(record[kind]) for record in records]
     index = 1 + rows[:, 0] * side + rows[:, 1]  # CLS is the first token
     return hidden[torch.arange(len(records)), index], torch.tensor(labels)

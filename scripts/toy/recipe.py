@@ -4,12 +4,13 @@ import importlib.util
 import json
 import multiprocessing
 import os
+import re
 import runpy
 import sys
 import time
 import traceback
 from pathlib import Path
-from typing import Any, Callable, List
+from typing import Any, Callable, List, Optional
 
 ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1",
@@ -20,7 +21,7 @@ ENVIRONMENT = {
 }
 
 STAGES = ("pretrain", "finetune")
-STEPS = {"pretrain_steps": (150, "steps of stage 1"), "finetune_steps": (250, "steps of stage 2")}
+STEPS = {"pretrain_steps": (200, "steps of stage 1"), "finetune_steps": (300, "steps of stage 2")}
 # A rate of its own, or the gates hardly open in so few steps; two points, because four would reach half of the map.
 FUSER = {"mm_fuser_lr": 1e-2, "mm_fuser_num_heads": 4, "mm_fuser_num_points": 2}
 DEMO = {"per_device_train_batch_size": 16, "learning_rate": 2e-3, "model_max_length": 512}
@@ -75,20 +76,22 @@ def train_arguments(world: Path, output: Path, stage: str = "pretrain", **option
     return [str(part) for name, value in flags.items() if value is not None for part in (f"--{name}", value)]
 
 
-def train(arguments: List[str], seed: int, log: Path) -> float:
+def train(arguments: List[str], seed: int, log: Path, run: Optional[Callable] = None) -> float:
     """Run train.py with these arguments and return the seconds; its output goes to `log`, its progress is shown.
 
-    train.py makes the projector before its Trainer applies --seed, so that torch is seeded here, too.
+    train.py makes the projector before its Trainer applies --seed, so that torch is seeded here, too. `run` stands for
+    `run_train_py` in the child.
 
     Raises:
         RuntimeError: train.py failed; the message ends with the last lines of `log`.
     """
     start = time.monotonic()
-    in_child(_train, [*arguments, "--seed", str(seed)], seed, log=log)
+    in_child(run or run_train_py, [*arguments, "--seed", str(seed)], seed, log=log)
     return time.monotonic() - start
 
 
-def _train(arguments: List[str], seed: int) -> None:
+def run_train_py(arguments: List[str], seed: int) -> None:
+    """LLaVA's train.py in this process, once."""
     import torch
 
     sys.argv = [str(train_py()), *arguments]
@@ -113,28 +116,28 @@ def in_child(function: Callable, *arguments: Any, log: Path) -> Any:
     sender.close()
     shown = ""
     try:
-        while child.is_alive():
-            child.join(0.5)
+        while not receiver.poll(0.5):  # also true where the child ended without a result
             last = _progress(log)
             if last not in ("", shown):
                 shown = last
                 print("\r" + shown, end="", flush=True)
+        if shown:
+            print(flush=True)
+        return receiver.recv()
+    except EOFError:
+        child.join()
+        tail = log.read_text(errors="replace").replace("\r", "\n").splitlines()[-25:]
+        raise RuntimeError("\n".join([f"exit status {child.exitcode}; the last lines of {log}:", *tail])) from None
     finally:
         child.kill()
-    if shown:
-        print(flush=True)
-    if child.exitcode or not receiver.poll():
-        tail = log.read_text(errors="replace").replace("\r", "\n").splitlines()[-25:]
-        raise RuntimeError("\n".join([f"exit status {child.exitcode}; the last lines of {log}:", *tail]))
-    return receiver.recv()
 
 
 def _progress(log: Path) -> str:
     """The last state of the last progress bar in `log`."""
     with open(log, "rb") as file:
         file.seek(max(0, log.stat().st_size - 4096))
-        lines = file.read().decode(errors="replace").replace("\n", "\r").split("\r")
-    return next((line.strip() for line in reversed(lines) if "it/s]" in line or "s/it]" in line), "")
+        bars = re.findall(r"[^\r\n]*\d(?:it/s|s/it)\]", file.read().decode(errors="replace"))
+    return bars[-1].strip() if bars else ""
 
 
 def _call(function: Callable, arguments: tuple, log: Path, sender: Any) -> None:

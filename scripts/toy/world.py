@@ -6,9 +6,10 @@ from typing import Callable, Dict
 SIZES = {  # default and meaning of each size
     "pictures": (3000, "training pictures"),
     "heldout": (400, "held-out pictures"),
+    "validation": (0, "pictures to tune on, apart from both"),
     "read_steps": (500, "steps that teach the tower's shallow half to read"),
     "forget_steps": (600, "steps that teach its deep half to forget"),
-    "llama_steps": (400, "steps that train the language model on text"),
+    "llama_steps": (300, "steps that train the language model on text"),
 }
 
 
@@ -24,7 +25,8 @@ def make_world(folder: Path, sizes: Dict[str, int], seed: int, say: Callable[[st
     from . import models, pictures
 
     say(f"Making {sizes['pictures']} training and {sizes['heldout']} held-out pictures")
-    pictures.make_dataset(folder / "data", sizes["pictures"], sizes["heldout"], image_size=64, digit_size=24, seed=seed)
+    counts = sizes["pictures"], sizes["heldout"], sizes["validation"]
+    pictures.make_dataset(folder / "data", *counts, image_size=64, digit_size=24, seed=seed)
     say(f"Training the vision tower: {sizes['read_steps']} steps to read, {sizes['forget_steps']} to forget")
     models.make_clip(
         folder / "clip",
