@@ -123,7 +123,9 @@ def in_child(function: Callable, *arguments: Any, log: Path) -> Any:
                 print("\r" + shown, end="", flush=True)
         if shown:
             print(flush=True)
-        return receiver.recv()
+        result = receiver.recv()
+        child.join(10)  # in which it tidies up
+        return result
     except EOFError:
         child.join()
         tail = log.read_text(errors="replace").replace("\r", "\n").splitlines()[-25:]
