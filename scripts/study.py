@@ -19,6 +19,8 @@ from toy.probe import probe
 from toy.whitening import fit_whitening, whitened
 from toy.world import SIZES, make_world
 
+from llava_mmfuser.config import FUSIONS_WITHOUT_WEIGHTS
+
 FUSER = {"mm_projector_type": "mmfuser", "mm_fuser_num_heads": 4, "mm_fuser_num_points": 2}
 PLAIN = {"mm_projector_type": "mlp2x_gelu"}
 
@@ -36,6 +38,7 @@ class Arm(NamedTuple):
     whiten: bool = False
 
 
+Trial = Tuple[float, int]
 BASELINE = "query alone"
 ARMS = {
     BASELINE: Arm("controls", PLAIN),
@@ -61,8 +64,13 @@ ARMS = {
     ),
     "cross-attention only": Arm("modules", {**FUSER, "mm_fuser_self_attention": False}),
 }
-FULL = {"rates": (1e-3, 2e-3, 4e-3), "seeds": (0, 1, 2, 3, 4), "steps": {"pretrain": 300, "finetune": 500}}
-QUICK = {"rates": (1e-3, 2e-3), "seeds": (0, 1, 2), "steps": {"pretrain": 150, "finetune": 250}}
+# A trial: a learning rate, and how many times higher that of an arm's new weights is: the fuser's, else the projector's.
+FULL = {
+    "trials": ((1e-3, 1), (1e-3, 5), (2e-3, 1), (2e-3, 5)),
+    "seeds": (0, 1, 2, 3, 4),
+    "steps": {"pretrain": 300, "finetune": 500},
+}
+QUICK = {"trials": ((2e-3, 1), (2e-3, 5)), "seeds": (0, 1, 2), "steps": {"pretrain": 150, "finetune": 250}}
 SPLITS = {"validation": 300, "heldout": 600}  # pictures
 
 
@@ -86,23 +94,22 @@ class Study:
             fit_whitening(incomplete, incomplete / "whitening.pt")
             incomplete.rename(self.world)
 
-    def file(self, arm: str, rate: float, seed: int) -> Path:
-        return (
-            self.folder / "runs" / f"{arm.replace(' ', '-').replace(',', '')}-rate{rate:g}-seed{seed}" / "result.json"
-        )
+    def file(self, arm: str, trial: Trial, seed: int) -> Path:
+        name = arm.replace(" ", "-").replace(",", "")
+        return self.folder / "runs" / f"{name}-rate{trial[0]:g}x{trial[1]}-seed{seed}" / "result.json"
 
-    def run(self, arm: str, rate: float, seed: int) -> dict:
+    def run(self, arm: str, trial: Trial, seed: int) -> dict:
         """Train and question one model, or read what an earlier call found."""
-        file = self.file(arm, rate, seed)
-        identity = {"flags": self.arms[arm].flags, "steps": self.design["steps"], "rate": rate, "seed": seed}
+        file = self.file(arm, trial, seed)
+        identity = {"flags": self.arms[arm].flags, "steps": self.design["steps"], "trial": list(trial), "seed": seed}
         if file.exists():
             found = json.loads(file.read_text())
             if {name: found[name] for name in identity} != identity:
                 raise ValueError(f"{file} is of another design; give another --output")
             return found
-        say(f"{arm}, rate {rate:g}, seed {seed}")
+        say(f"{arm}, rate {trial[0]:g} x {trial[1]}, seed {seed}")
         file.parent.mkdir(parents=True, exist_ok=True)
-        found = {**identity, **self._train(arm, rate, seed, file.parent), **self._ask(arm, file.parent)}
+        found = {**identity, **self._train(arm, trial, seed, file.parent), **self._ask(arm, file.parent)}
         write(file, json.dumps(found))
         return found
 
@@ -110,13 +117,17 @@ class Study:
         whitening = self.world / "whitening.pt"
         return functools.partial(whitened, whitening, function) if self.arms[arm].whiten else function
 
-    def _train(self, arm: str, rate: float, seed: int, folder: Path) -> dict:
+    def _train(self, arm: str, trial: Trial, seed: int, folder: Path) -> dict:
         losses, gates, seconds, adapter = [], [], 0.0, None
+        flags = self.arms[arm].flags
+        weightless = flags.get("mm_fuser_fusion") in FUSIONS_WITHOUT_WEIGHTS
+        own = "mm_fuser_lr" if flags["mm_projector_type"] == "mmfuser" and not weightless else "mm_projector_lr"
+        given = {**recipe.DEMO, **flags, "learning_rate": trial[0], own: trial[0] * trial[1]}
         for stage in recipe.STAGES:
             output = folder / f"llava-{stage}"
-            flags = {**recipe.DEMO, **self.arms[arm].flags, "learning_rate": rate, "use_cpu": self.device == "cpu"}
-            flags.update(max_steps=self.design["steps"][stage], pretrain_mm_mlp_adapter=adapter)
-            arguments = recipe.train_arguments(self.world, output, stage, **flags)
+            given.update(max_steps=self.design["steps"][stage], pretrain_mm_mlp_adapter=adapter)
+            given.update(use_cpu=self.device == "cpu")
+            arguments = recipe.train_arguments(self.world, output, stage, **given)
             run = self._inside(arm, recipe.run_train_py)
             seconds += recipe.train(arguments, seed, folder / f"{stage}.log", run)
             losses.append(recipe.curve(output, "loss"))
@@ -139,22 +150,22 @@ class Study:
             parameters = found["parameters"]
         return {"right": right, "parameters": parameters}
 
-    def tune(self, arm: str) -> float:
-        """The learning rate whose first seed answers the most validation questions, of the same rates for every arm."""
+    def tune(self, arm: str) -> Trial:
+        """The trial whose first seed answers the most validation questions."""
         scores = {}
-        for rate in self.design["rates"]:
-            right = self.run(arm, rate, self.seeds[0])["right"]["validation"]
-            scores[rate] = np.mean([np.mean(answers) for answers in right.values()])
+        for trial in self.design["trials"]:
+            right = self.run(arm, trial, self.seeds[0])["right"]["validation"]
+            scores[trial] = np.mean([np.mean(answers) for answers in right.values()])
         return max(scores, key=scores.get)
 
-    def judge(self) -> Tuple[Dict[str, float], Dict[str, List[dict]]]:
-        """Tune every arm, then train it with every seed: rates, and results by arm."""
-        rates = {arm: self.tune(arm) for arm in self.arms}
+    def judge(self) -> Tuple[Dict[str, Trial], Dict[str, List[dict]]]:
+        """Tune every arm, then train it with every seed: trials, and results by arm."""
+        trials = {arm: self.tune(arm) for arm in self.arms}
         results: Dict[str, List[dict]] = {arm: [] for arm in self.arms}
         for seed in self.seeds:
             for arm in self.arms:
-                results[arm].append(self.run(arm, rates[arm], seed))
-        return rates, results
+                results[arm].append(self.run(arm, trials[arm], seed))
+        return trials, results
 
 
 START = time.monotonic()
@@ -179,10 +190,10 @@ def main(given: Sequence[str]) -> int:
     try:
         with locked(folder, "study.py"):
             study.prepare()
-            rates, results = study.judge()
+            trials, results = study.judge()
             probes = json.loads((study.world / "probe.json").read_text())
             tables = {name: arm.table for name, arm in study.arms.items()}
-            report = study_report.report(study.design, study.seeds, rates, results, tables, BASELINE, probes, device)
+            report = study_report.report(study.design, study.seeds, trials, results, tables, BASELINE, probes, device)
             write(folder / "report.md", report)
             study_report.draw(results, folder / "curves.png")
             print(report)

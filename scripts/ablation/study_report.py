@@ -51,7 +51,7 @@ def steps_to(results: Sequence[dict], threshold: float, window: int = 20) -> str
 def report(
     design: dict,
     seeds: Sequence[int],
-    rates: Dict[str, float],
+    trials: Dict[str, Tuple[float, int]],
     results: Dict[str, List[dict]],
     tables: Dict[str, str],
     baseline: str,
@@ -61,9 +61,9 @@ def report(
     """Markdown: the premise, one table per group of arms, cost.
 
     Args:
-        design: `rates`, `steps`.
+        design: `trials`, `steps`.
         seeds: of the final runs.
-        rates: the tuned learning rate of every arm.
+        trials: the tuned learning rate of every arm, and how many times higher that of its own weights is.
         results: one record per seed of every arm.
         tables: the table that an arm belongs to; the baseline is repeated on top of each.
         baseline: its name.
@@ -73,7 +73,7 @@ def report(
     steps = " + ".join(str(count) for count in design["steps"].values())
     lines = [
         f"{len(results)} arms, {len(seeds)} seeds ({', '.join(map(str, seeds))}), {steps} steps, rates tuned among "
-        f"{', '.join(f'{rate:g}' for rate in design['rates'])} on validation pictures, on {device}. "
+        f"{', '.join(f'{rate:g} x {times}' for rate, times in design['trials'])} on validation pictures, on {device}. "
         f"{correctness(results[baseline], 'number').shape[1]} held-out pictures. Percent right, with 95 % intervals "
         "over seeds and questions; differences are paired.",
         "",
@@ -98,7 +98,7 @@ def report(
     for arm, found in results.items():
         gates = [result["gates"][1][-1] for result in found if result["gates"][1]]
         lines.append(
-            f"| {arm} | {rates[arm]:g} | {found[0]['parameters']:,} "
+            f"| {arm} | {trials[arm][0]:g} x {trials[arm][1]} | {found[0]['parameters']:,} "
             f"| {np.mean([result['seconds'] for result in found]):.0f} "
             f"| {np.mean([np.mean(result['losses'][1][-20:]) for result in found]):.3f} "
             f"| {steps_to(found, 0.4)} | {f'{np.mean(gates):.3f}' if gates else ''} |"
