@@ -64,7 +64,7 @@ ARMS = {
     ),
     "cross-attention only": Arm("modules", {**FUSER, "mm_fuser_self_attention": False}),
 }
-# A trial: a learning rate, and how many times higher that of an arm's new weights is: the fuser's, else the projector's.
+# A trial: a learning rate, and by how much that of an arm's new weights is higher: the fuser's, else the projector's.
 FULL = {
     "trials": ((1e-3, 1), (1e-3, 5), (2e-3, 1), (2e-3, 5)),
     "seeds": (0, 1, 2, 3, 4),

@@ -20,6 +20,7 @@ ENVIRONMENT = {
     "DS_ACCELERATOR": "cpu",
 }
 
+PRELOADED = ["llava.train.train", "llava.model.builder", "deepspeed"]  # deepspeed is imported when LLaVA saves
 STAGES = ("pretrain", "finetune")
 STEPS = {"pretrain_steps": (200, "steps of stage 1"), "finetune_steps": (300, "steps of stage 2")}
 # A rate of its own, or the gates hardly open in so few steps; two points, because four would reach half of the map.
@@ -108,7 +109,7 @@ def in_child(function: Callable, *arguments: Any, log: Path) -> Any:
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["llava.train.train", "deepspeed", "llava.model.builder"])
+    context.set_forkserver_preload(PRELOADED)
     receiver, sender = context.Pipe(duplex=False)
     log.write_bytes(b"")
     child = context.Process(target=_call, args=(function, arguments, log, sender), daemon=True)
