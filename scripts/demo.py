@@ -134,7 +134,8 @@ def draw(folder: Path, results: Dict[str, dict], probes: List[Dict[str, float]],
             for variant, result in results.items():
                 given = result["answers"][kind][index]
                 colour = "tab:green" if given == str(record[kind]) else "tab:red"
-                lines.append((f"{variant}: {textwrap.shorten(given, 20)}", colour, "normal"))
+                name = variant.split(", ")[-1]
+                lines.append((f"{name}: {textwrap.shorten(given, 20)}", colour, "normal"))
             for text, colour, weight in lines:
                 axis.text(0, y, text, color=colour, weight=weight, fontsize=9, va="top", transform=axis.transAxes)
                 y -= 0.092

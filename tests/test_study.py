@@ -3,12 +3,13 @@
 import json
 import os
 
+import demo
 import numpy as np
 import pytest
 import study
 import torch
 from ablation import study_report
-from toy import models, pictures, probe, recipe, whitening
+from toy import asking, models, pictures, probe, recipe, whitening
 
 
 @pytest.fixture
@@ -164,3 +165,26 @@ def test_children_return_their_result_or_their_last_words(tmp_path, monkeypatch)
     assert text == "abab" and process != os.getpid() and (tmp_path / "log").read_text() == "said ab\n"
     with pytest.raises(RuntimeError, match="exit status 1; the last lines of .*log:(.|\n)*this toy fails"):
         recipe.in_child(_fail, log=tmp_path / "log")
+
+
+def test_demo_shows_probe_answers_and_the_line_with_shut_gates(forgetful, tmp_path):
+    records = json.loads((forgetful / "data" / "heldout.json").read_text())
+    right = {kind: [str(record[kind]) for record in records] for kind in pictures.QUESTIONS}
+    results = {
+        "mlp2x_gelu": {"answers": {**right, "number": ["ten"] * len(records)}, "seconds": 1.0},
+        "mmfuser": {"answers": right, "seconds": 2.0},
+        demo.SHUT: {"answers": {**right, "place": ["nowhere"] * len(records)}},
+    }
+    for result in results.values():
+        result["accuracy"] = asking.accuracy(result["answers"], records)
+    lines = [line.split() for line in demo.result_table(results).splitlines()]
+    assert lines[1:] == [
+        ["guessing", "10.0", "11.1", "50.0"],
+        ["mlp2x_gelu", "0.0", "100.0", "100.0", "1"],
+        ["mmfuser", "100.0", "100.0", "100.0", "2"],
+        ["mmfuser,", "gates", "at", "0", "100.0", "0.0", "100.0"],
+    ]
+    probes = probe.probe(forgetful)
+    assert [line.split()[0] for line in demo.probe_table(probes).splitlines()[:4]] == ["hidden_states", *right]
+    demo.draw(forgetful, results, probes, tmp_path / "demo.png")
+    assert min(pictures.Image.open(tmp_path / "demo.png").size) > 500
