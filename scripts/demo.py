@@ -1,4 +1,4 @@
-"""A tower that forgets numbers, read by LLaVA with and without the fuser: LLaVA's own train.py, same data and steps."""
+"""A tower that forgets numbers, for LLaVA with and without the fuser: LLaVA's own train.py, the same data and steps."""
 
 import argparse
 import json
@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 from typing import Dict, List
 
-from housekeeping import padded
+from housekeeping import exit_on_signals, padded
 from toy import asking, recipe
 from toy.pictures import CHANCE, QUESTIONS
 from toy.probe import probe
@@ -18,10 +18,11 @@ from toy.world import SIZES, make_world
 
 VARIANTS: Dict[str, Dict[str, object]] = {  # name -> flags
     "mlp2x_gelu": {"mm_projector_type": "mlp2x_gelu"},
+    "mlp2x_gelu, layer 4": {"mm_projector_type": "mlp2x_gelu", "mm_vision_select_layer": 4},
     "mmfuser": {"mm_projector_type": "mmfuser", **recipe.FUSER},
 }
 SHUT = "mmfuser, gates at 0"
-COLOURS = {"mlp2x_gelu": "tab:blue", "mmfuser": "tab:orange", SHUT: "0.6"}
+COLOURS = {"mlp2x_gelu": "tab:blue", "mlp2x_gelu, layer 4": "tab:cyan", "mmfuser": "tab:orange", SHUT: "0.6"}
 
 
 class Progress:
@@ -53,7 +54,7 @@ def compare(folder: Path, options: argparse.Namespace, progress: Progress) -> Di
         adapter = None
         for stage in recipe.STAGES:
             progress(f"{variant}: {stage}, LLaVA's train.py")
-            output = folder / f"llava-{variant}-{stage}"
+            output = folder / f"llava-{variant.replace(', ', '-').replace(' ', '')}-{stage}"
             given = dict(flags, max_steps=getattr(options, f"{stage}_steps"), pretrain_mm_mlp_adapter=adapter)
             arguments = recipe.train_arguments(folder, output, stage, **{**recipe.DEMO, **given})
             result["seconds"] += recipe.train(arguments, options.seed, folder / f"{output.name}.log")
@@ -100,8 +101,8 @@ def draw(folder: Path, results: Dict[str, dict], probes: List[Dict[str, float]],
     from PIL import Image
 
     records = json.loads((folder / "data" / "heldout.json").read_text())[:pictures]
-    figure = plt.figure(figsize=(14, 9.5))
-    left, right = figure.add_gridspec(1, 2, left=0.06, right=0.98, bottom=0.66, top=0.94, wspace=0.15).subplots()
+    figure = plt.figure(figsize=(14, 10))
+    left, right = figure.add_gridspec(1, 2, left=0.06, right=0.98, bottom=0.68, top=0.95, wspace=0.15).subplots()
     for kind, style in zip(probes[0], ("-", ":", "--")):
         left.plot([100 * layer[kind] for layer in probes], style, marker="o", color="black", label=kind)
     left.set(
@@ -112,11 +113,11 @@ def draw(folder: Path, results: Dict[str, dict], probes: List[Dict[str, float]],
     left.legend()
     width = 0.8 / len(results)
     for index, (variant, result) in enumerate(results.items()):
-        places = [place + (index - 1) * width for place in range(len(QUESTIONS))]
+        places = [place + (index - (len(results) - 1) / 2) * width for place in range(len(QUESTIONS))]
         bars = right.bar(
             places, [100 * result["accuracy"][kind] for kind in QUESTIONS], width, color=COLOURS[variant], label=variant
         )
-        right.bar_label(bars, fmt="%.0f", fontsize=9)
+        right.bar_label(bars, fmt="%.0f", fontsize=8)
     for place, kind in enumerate(QUESTIONS):
         look = dict(color="black", linestyle=":", label="guessing" if place == 0 else None)
         right.plot([place - 0.45, place + 0.45], [100 * CHANCE[kind]] * 2, **look)
@@ -124,7 +125,7 @@ def draw(folder: Path, results: Dict[str, dict], probes: List[Dict[str, float]],
     right.set(title=f"Right answers about {asked} held-out pictures (%)", ylim=(0, 108))
     right.set_xticks(range(len(QUESTIONS)), list(QUESTIONS.values()))
     right.legend(loc="upper left")
-    lower = figure.add_gridspec(1, len(records), left=0.02, right=0.98, bottom=0.37, top=0.59, wspace=0.1)
+    lower = figure.add_gridspec(1, len(records), left=0.02, right=0.98, bottom=0.39, top=0.6, wspace=0.1)
     for index, (axis, record) in enumerate(zip(lower.subplots(squeeze=False)[0], records)):
         axis.imshow(Image.open(folder / "data" / record["image"]))
         axis.axis("off")
@@ -138,7 +139,7 @@ def draw(folder: Path, results: Dict[str, dict], probes: List[Dict[str, float]],
                 lines.append((f"{name}: {textwrap.shorten(given, 20)}", colour, "normal"))
             for text, colour, weight in lines:
                 axis.text(0, y, text, color=colour, weight=weight, fontsize=9, va="top", transform=axis.transAxes)
-                y -= 0.092
+                y -= 0.09
             y -= 0.04
     figure.savefig(file, dpi=100)
 
@@ -154,6 +155,7 @@ def show_maps(folder: Path, output: Path) -> None:
 
 def main() -> None:
     options = parse_arguments()
+    exit_on_signals()
     progress = Progress(options.elapsed)
     folder = options.output.resolve() / "run"
     shutil.rmtree(folder, ignore_errors=True)

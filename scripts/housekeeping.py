@@ -5,6 +5,7 @@ import fcntl
 import os
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Iterator, List, Sequence
@@ -56,6 +57,13 @@ def stop(processes: Sequence[subprocess.Popen]) -> None:
                 process.wait(max(0.0, deadline - time.monotonic()))
     finally:
         send(signal.SIGKILL)
+
+
+def exit_on_signals() -> None:
+    """SIGTERM, and SIGHUP unless nohup ignores it, end this process as Ctrl-C does: as an exception."""
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, lambda received, _: sys.exit(128 + received))
 
 
 def padded(rows: Sequence[Sequence[str]]) -> List[str]:

@@ -13,7 +13,7 @@ from typing import Callable, Dict, List, NamedTuple, Optional, Sequence, Tuple
 
 import numpy as np
 from ablation import study_report
-from housekeeping import locked, write
+from housekeeping import exit_on_signals, locked, write
 from toy import asking, recipe
 from toy.probe import probe
 from toy.whitening import fit_whitening, whitened
@@ -183,6 +183,7 @@ def main(given: Sequence[str]) -> int:
     options = parser.parse_args(given)
     import torch
 
+    exit_on_signals()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     folder = options.output.resolve()
     folder.mkdir(parents=True, exist_ok=True)

@@ -2,8 +2,13 @@
 
 import json
 import os
+import signal
+import subprocess
+import sys
+import time
 
 import demo
+import host
 import numpy as np
 import pytest
 import study
@@ -148,6 +153,38 @@ def test_whitening_whitens(forgetful, tmp_path):
     covariance = torch.cov(((features - kept["mean"]) @ kept["matrix"]).T)
     values = torch.linalg.eigvalsh(covariance)
     assert values[-20:].allclose(torch.ones(20), atol=0.05) and values[-1] < 1.05, "but for directions without variance"
+
+
+def _linger(file):
+    file.write_text(str(os.getpid()))
+    time.sleep(60)
+
+
+def test_a_stopped_script_leaves_no_child(tmp_path):
+    script = f"""if True:
+        import pathlib, sys
+        sys.path[:0] = {[str(host.ROOT / folder) for folder in ("scripts", "tests")]!r}
+        import housekeeping, test_study
+        from toy import recipe
+        recipe.PRELOADED = []
+        housekeeping.exit_on_signals()
+        folder = pathlib.Path({str(tmp_path)!r})
+        recipe.in_child(test_study._linger, folder / "pid", log=folder / "log")"""
+    process = subprocess.Popen([sys.executable, "-c", script], env=host.environment())
+    deadline = time.monotonic() + 60
+    while not (tmp_path / "pid").exists() or not (tmp_path / "pid").read_text():
+        assert time.monotonic() < deadline and process.poll() is None
+        time.sleep(0.1)
+    process.terminate()
+    assert process.wait(30) == 128 + signal.SIGTERM
+    child = int((tmp_path / "pid").read_text())
+    while True:  # the fork server reaps it a moment later
+        assert time.monotonic() < deadline
+        try:
+            os.kill(child, 0)
+        except ProcessLookupError:
+            return
+        time.sleep(0.1)
 
 
 def _answer(text):

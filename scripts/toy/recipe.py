@@ -22,7 +22,7 @@ ENVIRONMENT = {
 
 PRELOADED = ["llava.train.train", "llava.model.builder", "deepspeed"]  # deepspeed is imported when LLaVA saves
 STAGES = ("pretrain", "finetune")
-STEPS = {"pretrain_steps": (200, "steps of stage 1"), "finetune_steps": (300, "steps of stage 2")}
+STEPS = {"pretrain_steps": (150, "steps of stage 1"), "finetune_steps": (250, "steps of stage 2")}
 # A rate of its own, or the gates hardly open in so few steps; two points, because four would reach half of the map.
 FUSER = {"mm_fuser_lr": 1e-2, "mm_fuser_num_heads": 4, "mm_fuser_num_points": 2}
 DEMO = {"per_device_train_batch_size": 16, "learning_rate": 2e-3, "model_max_length": 512}
