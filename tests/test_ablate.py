@@ -1,4 +1,4 @@
-"""scripts/ablate.py: settings and names, the queue with a stub for a command, the arithmetic, one run of the demo."""
+"""scripts/ablate.py: settings and names, the queue with a stub for a command, the arithmetic, one run on the toy."""
 
 import contextlib
 import importlib.metadata
@@ -340,7 +340,7 @@ def test_world_of_other_sizes_is_refused(tmp_path, capsys):
 
 
 @pytest.mark.fp16_cpu
-def test_demo_trains_and_answers_with_the_flags(tmp_path):
+def test_toy_trains_and_answers_with_the_flags(tmp_path):
     sizes = "--pictures 16 --heldout 1 --read-steps 0 --forget-steps 0 --llama-steps 0".split()
     sizes += "--pretrain-steps 2 --finetune-steps 1".split()
     command = [sys.executable, SCRIPT, "--output", tmp_path, "--seeds", "3", "--grid", "mm_fuser_num_points", "2"]
