@@ -77,11 +77,19 @@ SPLITS = {"validation": 300, "heldout": 600}  # pictures
 class Study:
     """The runs below one folder."""
 
-    def __init__(self, folder: Path, quick: bool, device: str, seeds: Optional[Sequence[int]] = None):
+    def __init__(
+        self,
+        folder: Path,
+        quick: bool,
+        device: str,
+        seeds: Optional[Sequence[int]] = None,
+        arms: Optional[Sequence[str]] = None,
+    ):
         self.folder, self.device = folder, device
         self.design = QUICK if quick else FULL
         self.seeds = tuple(seeds or self.design["seeds"])
-        self.arms = {name: arm for name, arm in ARMS.items() if arm.quick or not quick}
+        wanted = {name for name, arm in ARMS.items() if arm.quick or not quick} if arms is None else {BASELINE, *arms}
+        self.arms = {name: arm for name, arm in ARMS.items() if name in wanted}
         self.world = folder / "world"
 
     def prepare(self) -> None:
@@ -180,6 +188,7 @@ def main(given: Sequence[str]) -> int:
     parser.add_argument("--output", type=Path, default=Path(".study"), help="runs and report; kept and reused")
     parser.add_argument("--quick", action="store_true", help="fewer arms, rates, seeds and steps: under an hour")
     parser.add_argument("--seeds", type=int, nargs="+", help="others than the design's, to see whether it repeats")
+    parser.add_argument("--arms", nargs="+", choices=list(ARMS), metavar="ARM", help=f"{BASELINE}, and these alone")
     options = parser.parse_args(given)
     import torch
 
@@ -187,7 +196,7 @@ def main(given: Sequence[str]) -> int:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     folder = options.output.resolve()
     folder.mkdir(parents=True, exist_ok=True)
-    study = Study(folder, options.quick, device, options.seeds)
+    study = Study(folder, options.quick, device, options.seeds, options.arms)
     try:
         with locked(folder, "study.py"):
             study.prepare()
