@@ -70,6 +70,10 @@ def test_report_says_what_was_measured(quick, tmp_path):
     assert (tmp_path / "curves.png").stat().st_size > 10000
 
 
+def test_a_study_can_be_cut_to_some_arms(tmp_path):
+    assert list(study.Study(tmp_path, True, "cpu", arms=["dense", "mean"]).arms) == [study.BASELINE, "mean", "dense"]
+
+
 def test_every_study_arm_is_understood(tmp_path):
     names = {name for name, arm in study.ARMS.items() if arm.quick}
     assert study.BASELINE in names and {arm.table for arm in study.ARMS.values()} > {"fusions", "modules"}
@@ -155,21 +159,17 @@ def test_whitening_whitens(forgetful, tmp_path):
     assert values[-20:].allclose(torch.ones(20), atol=0.05) and values[-1] < 1.05, "but for directions without variance"
 
 
-def _linger(file):
-    file.write_text(str(os.getpid()))
-    time.sleep(60)
-
-
 def test_a_stopped_script_leaves_no_child(tmp_path):
+    linger = tmp_path / "linger.py"
+    linger.write_text(f"import os, time; print(os.getpid(), file=open({str(tmp_path / 'pid')!r}, 'w')); time.sleep(60)")
     script = f"""if True:
-        import pathlib, sys
-        sys.path[:0] = {[str(host.ROOT / folder) for folder in ("scripts", "tests")]!r}
-        import housekeeping, test_study
+        import pathlib, runpy, sys
+        sys.path.insert(0, {str(host.ROOT / "scripts")!r})
+        from housekeeping import exit_on_signals
         from toy import recipe
         recipe.PRELOADED = []
-        housekeeping.exit_on_signals()
-        folder = pathlib.Path({str(tmp_path)!r})
-        recipe.in_child(test_study._linger, folder / "pid", log=folder / "log")"""
+        exit_on_signals()
+        recipe.in_child(runpy.run_path, {str(linger)!r}, log=pathlib.Path({str(tmp_path / "log")!r}))"""
     process = subprocess.Popen([sys.executable, "-c", script], env=host.environment())
     deadline = time.monotonic() + 60
     while not (tmp_path / "pid").exists() or not (tmp_path / "pid").read_text():
