@@ -65,12 +65,9 @@ ARMS = {
     "cross-attention only": Arm("modules", {**FUSER, "mm_fuser_self_attention": False}),
 }
 # A trial: a learning rate, and by how much that of an arm's new weights is higher: the fuser's, else the projector's.
-FULL = {
-    "trials": ((1e-3, 1), (1e-3, 5), (2e-3, 1), (2e-3, 5)),
-    "seeds": (0, 1, 2, 3, 4),
-    "steps": {"pretrain": 300, "finetune": 500},
-}
-QUICK = {"trials": ((2e-3, 1), (2e-3, 5)), "seeds": (0, 1, 2), "steps": {"pretrain": 150, "finetune": 250}}
+TRIALS = ((2e-3, 1), (2e-3, 5))
+FULL = {"trials": TRIALS, "seeds": (0, 1, 2, 3, 4), "steps": {"pretrain": 200, "finetune": 300}}
+QUICK = {"trials": TRIALS, "seeds": (0, 1, 2), "steps": {"pretrain": 150, "finetune": 250}}
 SPLITS = {"validation": 300, "heldout": 600}  # pictures
 
 
