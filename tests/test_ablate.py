@@ -339,6 +339,13 @@ def test_world_of_other_sizes_is_refused(tmp_path, capsys):
     assert f"--heldout 400: {tmp_path / 'world'} was made with --heldout 9; use that, or give another" in error
 
 
+def test_the_fuser_has_the_toys_rate_where_it_has_weights_and_none_is_given():
+    own = ["--mm_fuser_lr", "0.01"]
+    assert toy_run.own_rate([]) == toy_run.own_rate(["--mm_fuser_fusion", "weighted_sum"]) == own
+    assert toy_run.own_rate(["--mm_projector_type=mlp2x_gelu"]) == toy_run.own_rate(["--mm_fuser_fusion", "mean"]) == []
+    assert toy_run.own_rate(["--mm_fuser_lr", "3"]) == []
+
+
 @pytest.mark.fp16_cpu
 def test_toy_trains_and_answers_with_the_flags(tmp_path):
     sizes = "--pictures 16 --heldout 1 --read-steps 0 --forget-steps 0 --llama-steps 0".split()

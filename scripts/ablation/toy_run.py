@@ -12,10 +12,12 @@ import sys
 from pathlib import Path
 from typing import Dict, List, Sequence
 
-from toy.recipe import STAGES
+from toy.recipe import FUSER, STAGES
 from toy.recipe import STEPS as TRAINING
 from toy.world import SIZES as WORLD
 from toy.world import make_world
+
+from llava_mmfuser.config import FUSIONS_WITHOUT_WEIGHTS, PROJECTOR_TYPE
 
 NEEDED = ("llava", "llava_mmfuser", "deepspeed", "sentencepiece", "sklearn", "skimage")  # as demo.sh --here
 WORLD_SEED = 0  # as in a real ablation, data and pretrained models are given: --seeds vary the training only
@@ -71,6 +73,17 @@ def make(world: Path, options: argparse.Namespace) -> None:
     incomplete.rename(world)
 
 
+def own_rate(flags: Sequence[str]) -> List[str]:
+    """The toy's rate for the fuser, unless the flags name one or there is nothing to train: see docs/study.md."""
+    parser = argparse.ArgumentParser(allow_abbrev=False, add_help=False)
+    parser.add_argument("--mm_projector_type", default=PROJECTOR_TYPE)
+    parser.add_argument("--mm_fuser_fusion")
+    parser.add_argument("--mm_fuser_lr")
+    given = parser.parse_known_args(flags)[0]
+    trained = given.mm_projector_type == PROJECTOR_TYPE and given.mm_fuser_fusion not in FUSIONS_WITHOUT_WEIGHTS
+    return ["--mm_fuser_lr", str(FUSER["mm_fuser_lr"])] if trained and given.mm_fuser_lr is None else []
+
+
 def train_and_ask(world: Path, options: argparse.Namespace, flags: Sequence[str]) -> Dict[str, float]:
     """Both stages through LLaVA's train.py, then the questions: losses, gates and the percentages of right answers."""
     from toy import asking, recipe
@@ -87,7 +100,7 @@ def train_and_ask(world: Path, options: argparse.Namespace, flags: Sequence[str]
             use_cpu=options.device == "cpu",
             pretrain_mm_mlp_adapter=adapter,
         )
-        recipe.train([*arguments, *flags], options.seed, options.output / f"{stage}.log")
+        recipe.train([*arguments, *own_rate(flags), *flags], options.seed, options.output / f"{stage}.log")
         adapter = output / "mm_projector.bin"
         metrics[f"{stage} loss"] = recipe.final(recipe.curve(output, "loss"))
     gates = recipe.curve(output, "mm_fuser_cross_gate")
