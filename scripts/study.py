@@ -183,7 +183,7 @@ def say(text: str) -> None:
 def main(given: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path(".study"), help="runs and report; kept and reused")
-    parser.add_argument("--quick", action="store_true", help="fewer arms, rates, seeds and steps: under an hour")
+    parser.add_argument("--quick", action="store_true", help="fewer arms, seeds and steps: under an hour")
     parser.add_argument("--seeds", type=int, nargs="+", help="others than the design's, to see whether it repeats")
     parser.add_argument("--arms", nargs="+", choices=list(ARMS), metavar="ARM", help=f"{BASELINE}, and these alone")
     options = parser.parse_args(given)
