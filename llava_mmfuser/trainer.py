@@ -224,8 +224,37 @@ def deepspeed_init(original, self, *args, **kwargs):
 def log(original, self, logs, *args, **kwargs):
     projector = find_projector(self.model) if "loss" in logs else None
     if projector is not None and projector.log_gates:
-        logs.update(gate_means(projector.fuser))
+        gates = gate_means(projector.fuser)
+        logs.update(gates)
+        warn_if_shut(self, projector.lr, gates)
     return original(self, logs, *args, **kwargs)
+
+
+SHUT, REACH = 0.01, 0.1  # of the cross gate: its mean absolute value, and how far the rest of a run may move it
+
+
+def warn_if_shut(trainer: Any, lr: Optional[float], gates: Dict[str, float]) -> None:
+    """Say once, at the first log after the warm-up, if the cross gate is shut and this run cannot open it.
+
+    AdamW moves a parameter by at most about the learning rate per step, and a schedule that falls to 0 halves the sum.
+    """
+    args, state = trainer.args, trainer.state
+    since = state.global_step - args.get_warmup_steps(state.max_steps)
+    if not 0 < since <= state.logging_steps or gates.get("mm_fuser_cross_gate", 1.0) >= SHUT:
+        return
+    lr = next(value for value in (lr, getattr(args, "mm_projector_lr", None), args.learning_rate) if value is not None)
+    left = state.max_steps - state.global_step
+    if lr * left / 2 < REACH and trainer.is_world_process_zero():
+        logger.warning(
+            "the fuser's cross gate is at %.2g after the warm-up, and a learning rate of %g moves it by %.2g at most in "
+            "the %d steps left, so that the fuser will change little; at least one over the number of steps is "
+            "recommended: --mm_fuser_lr %.0e",
+            gates["mm_fuser_cross_gate"],
+            lr,
+            lr * left / 2,
+            left,
+            1 / state.max_steps,
+        )
 
 
 # Checkpoints in the middle of a run. Upstream's cannot be resumed in stage 1 (only the projector is saved, no state of

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Trains a tiny LLaVA twice with LLaVA's own train.py (mlp2x_gelu, then mmfuser) and compares them on held-out pictures.
+# Makes a vision tower that forgets numbers, trains a tiny LLaVA on it with LLaVA's own train.py, once with mlp2x_gelu and
+# once with mmfuser, and asks both about held-out pictures.
 set -euo pipefail
 
 repo=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
@@ -67,7 +68,7 @@ else
     if [ -e "$stamp" ] && [ "$(cat "$stamp")" = "$wanted" ]; then
         say "Environment: reusing $environment"
     else
-        say "Environment: making $environment (3 to 4 minutes, once)"
+        say "Environment: making $environment (a few minutes, once)"
         rm -rf "$environment"
         "${PYTHON:-python3}" -m venv "$environment" ||
             { echo "demo.sh: python's venv module is missing (Debian: apt install python3-venv)" >&2; exit 1; }

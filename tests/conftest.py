@@ -42,10 +42,10 @@ def _seed():
 @pytest.fixture(scope="session")
 def world(tmp_path_factory):
     """Folder with `data`, `llama` and `clip`: all that train.py needs, tiny and random."""
-    import tiny_llava
+    from toy import models, pictures
 
     folder = tmp_path_factory.mktemp("world")
-    tiny_llava.make_dataset(folder / "data")
-    tiny_llava.make_llama(folder / "llama", hidden_size=64)
-    tiny_llava.make_clip(folder / "clip")
+    pictures.make_dataset(folder / "data")
+    models.make_llama(folder / "llama", hidden_size=64)
+    models.make_clip(folder / "clip")
     return folder

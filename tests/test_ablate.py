@@ -1,4 +1,4 @@
-"""scripts/ablate.py: settings and names, the queue with a stub for a command, the arithmetic, one run of the demo."""
+"""scripts/ablate.py: settings and names, the queue with a stub for a command, the arithmetic, one run on the toy."""
 
 import contextlib
 import importlib.metadata
@@ -9,13 +9,11 @@ import subprocess
 import sys
 import time
 
-import ablate
-import ablate_demo
-import ablate_report
-import ablate_runs
-import demo
 import host
+import housekeeping
 import pytest
+from ablation import command as ablate
+from ablation import report, runs, toy_run
 
 SCRIPT = host.ROOT / "scripts" / "ablate.py"
 # Writes what train.py writes. Flags: --value V, --fail, --bad METRICS.JSON, --gate FILE waits until FILE is there.
@@ -122,7 +120,7 @@ def test_presets_agree_on_the_settings_they_share():
         (["--grid", "mm_x=1,2"], "write --grid mm_fuser_attention deformable dense"),
         ([*TWO, "--seeds", "1", "1"], "--seeds 1 1 has a seed twice"),
         ([*TWO, "--", "no-such-command", "{flags}"], "no-such-command: there is no such command"),
-        ([*TWO, "--clip-steps", "5", "--", "true"], "--clip-steps 5 is a size of the demo"),
+        ([*TWO, "--read-steps", "5", "--", "true"], "--read-steps 5 is a size of the demo"),
         ([*TWO, "--", "true", "{seed}", "{output}"], "no {flags}"),
         ([*TWO, "--", "true", "{flags}", "{output}"], "no {seed}"),
         ([*TWO, "--", "true", "{flags}", "{seed}"], "no {output}"),
@@ -136,7 +134,7 @@ def test_what_cannot_work_is_refused_first(tmp_path, capsys, arguments, message)
 
 
 def test_missing_packages_are_named_first(tmp_path, capsys, monkeypatch, stub):
-    monkeypatch.setattr(ablate_demo, "NEEDED", ("llava", "no_such_package"))
+    monkeypatch.setattr(toy_run, "NEEDED", ("llava", "no_such_package"))
     assert ablate.main(["--output", str(tmp_path / "new"), *TWO]) == 2
     assert "has no no_such_package; install what is missing" in capsys.readouterr().err
     assert ablate.main(["--output", str(tmp_path / "new"), *TWO, "--dry-run", *stub]) == 0, "not needed here"
@@ -269,21 +267,21 @@ def test_an_interrupted_ablation_goes_on(tmp_path, capsys, stub, number, status)
 
 
 def test_runs_that_do_not_stop_are_killed(tmp_path, monkeypatch):
-    monkeypatch.setattr(ablate_runs, "GRACE", 0.2)
+    monkeypatch.setattr(housekeeping, "GRACE", 0.2)
     script = "trap '' TERM; touch {output}/up; while :; do sleep 0.1; done"
-    run = ablate_runs.Run("deaf", (), 0, ("bash", "-c", script), tmp_path / "deaf")
+    run = runs.Run("deaf", (), 0, ("bash", "-c", script), tmp_path / "deaf")
 
     def started(*_):
         wait_for((tmp_path / "deaf" / "up").exists)
         raise KeyboardInterrupt
 
-    with ablate_runs.locked(tmp_path) as lock, pytest.raises(KeyboardInterrupt):
-        ablate_runs.run_all([run], [None], lock, started, lambda *_: None)
+    with housekeeping.locked(tmp_path, "test") as lock, pytest.raises(KeyboardInterrupt):
+        runs.run_all([run], [None], lock, started, lambda *_: None)
     wait_for(lambda: is_free(tmp_path))
 
 
 def is_free(root):
-    with contextlib.suppress(ValueError), ablate_runs.locked(root):
+    with contextlib.suppress(ValueError), housekeeping.locked(root, "test"):
         return True
     return False
 
@@ -297,7 +295,7 @@ def test_mean_spread_and_difference():
     records = [finished("a", seed, x=value) for seed, value in ((1, 1.0), (2, 2.0), (3, 6.0))]
     records += [finished("b", 1, x=3.0), finished("b", 3, x=10.0), finished("c", 2, y=7)]
     records.append(dict(setting="c", seed=3, status="failed", metrics={}, problem="exit status 9", log="c.log"))
-    rows = ablate_report.summarise(records, ["a", "b", "c"], ["x", "seconds"])
+    rows = report.summarise(records, ["a", "b", "c"], ["x", "seconds"])
     a, b, c, *seconds = rows
     assert (a["n"], a["mean"], a["difference"]) == (3, 3.0, None)
     assert a["deviation"] == pytest.approx(7**0.5)  # (4 + 1 + 9) / 2
@@ -305,7 +303,7 @@ def test_mean_spread_and_difference():
     assert b["difference_deviation"] == pytest.approx(2**0.5)
     assert (c["n"], c["mean"], c["deviation"], c["difference"]) == (0, None, None, None)
     assert [row["mean"] for row in seconds] == [20.0, 20.0, 20.0] and seconds[2]["deviation"] is None
-    lines = ablate_report.table(rows, records, ["a", "b", "c"]).splitlines()
+    lines = report.table(rows, records, ["a", "b", "c"]).splitlines()
     assert lines[0].split() == ["x", "n", "mean", "±", "sd", "difference", "to", "a"]
     assert lines[2].split() == ["b", "2", "6.500", "±", "4.950", "+3.000", "±", "1.414"]
     assert lines[3].split() == ["c", "0"]
@@ -315,9 +313,9 @@ def test_mean_spread_and_difference():
 
 def test_different_versions_are_pointed_out():
     records = [finished("a", 0, x=1.0), finished("a", 1, x=1.0)]
-    assert "Careful" not in ablate_report.table([], records, ["a"])
+    assert "Careful" not in report.table([], records, ["a"])
     records[1]["versions"] = {"torch": "3"}
-    assert "different versions of torch (2, 3)" in ablate_report.table([], records, ["a"])
+    assert "different versions of torch (2, 3)" in report.table([], records, ["a"])
 
 
 @pytest.mark.parametrize("value", [0.0, 1e9, float("nan"), float("inf")])
@@ -325,8 +323,8 @@ def test_plot_is_drawn_whatever_the_values(tmp_path, value):
     from PIL import Image
 
     records = [finished(setting, seed, x=value, y=seed + 0.5) for setting in "ab" for seed in (0, 1)]
-    rows = ablate_report.summarise(records, ["a", "b", "missing"], ["x", "y"])
-    ablate_report.draw(rows, ["a", "b", "missing"], tmp_path / "plot.png")
+    rows = report.summarise(records, ["a", "b", "missing"], ["x", "y"])
+    report.draw(rows, ["a", "b", "missing"], tmp_path / "plot.png")
     picture = Image.open(tmp_path / "plot.png").convert("RGB")
     colours = {colour for _, colour in picture.getcolors(2**20)}
     assert picture.width > picture.height > 100 and (31, 119, 180) in colours, "tab:blue of the second setting"
@@ -334,36 +332,32 @@ def test_plot_is_drawn_whatever_the_values(tmp_path, value):
 
 def test_world_of_other_sizes_is_refused(tmp_path, capsys):
     (tmp_path / "world").mkdir()
-    sizes = {name: default for name, (default, _) in ablate_demo.WORLD.items()}
+    sizes = {name: default for name, (default, _) in toy_run.WORLD.items()}
     (tmp_path / "world" / "world.json").write_text(json.dumps({**sizes, "heldout": 9}))
     assert ablate.main(["--output", str(tmp_path), *TWO, "--dry-run"]) == 2
     error = capsys.readouterr().err
-    assert f"--heldout 200: {tmp_path / 'world'} was made with --heldout 9; use that, or give another" in error
+    assert f"--heldout 400: {tmp_path / 'world'} was made with --heldout 9; use that, or give another" in error
 
 
-def test_sizes_are_those_of_the_demo(monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["demo.py"])
-    options = demo.parse_arguments()
-    for name, (default, _) in {**ablate_demo.WORLD, **ablate_demo.TRAINING}.items():
-        assert getattr(options, name) == default
-    assert ablate_demo.WORLD_SEED == options.seed
-
-
-def test_last_projector_type_counts():
-    flags = ["--mm_projector_type", "linear", "--mm_fuser_layers", "=-3,-2", "--mm_projector_type=mlp2x_gelu"]
-    assert ablate_demo.projector_type(flags) == "mlp2x_gelu" and ablate_demo.projector_type(flags[2:4]) == "mmfuser"
+def test_the_fuser_has_the_toys_rate_where_it_has_weights_and_none_is_given():
+    own = ["--mm_fuser_lr", "0.01"]
+    assert toy_run.own_rate([]) == toy_run.own_rate(["--mm_fuser_fusion", "weighted_sum"]) == own
+    assert toy_run.own_rate(["--mm_projector_type=mlp2x_gelu"]) == toy_run.own_rate(["--mm_fuser_fusion", "mean"]) == []
+    assert toy_run.own_rate(["--mm_fuser_lr", "3"]) == []
 
 
 @pytest.mark.fp16_cpu
-def test_demo_trains_and_answers_with_the_flags(tmp_path):
-    sizes = "--pictures 16 --heldout 1 --clip-steps 0 --llama-steps 0 --pretrain-steps 2 --finetune-steps 1".split()
+def test_toy_trains_and_answers_with_the_flags(tmp_path):
+    sizes = "--pictures 16 --heldout 1 --read-steps 0 --forget-steps 0 --llama-steps 0".split()
+    sizes += "--pretrain-steps 2 --finetune-steps 1".split()
     command = [sys.executable, SCRIPT, "--output", tmp_path, "--seeds", "3", "--grid", "mm_fuser_num_points", "2"]
     done = host.run([*command, *sizes], check=False)
     assert done.returncode == 0, done.stdout + run_of(tmp_path, "num_points=2", 3).with_suffix(".log").read_text()
     metrics = record(tmp_path, "num_points=2", 3)["metrics"]
-    assert list(metrics) == ["pretrain loss", "finetune loss", "number right (%)", "place right (%)"]
+    shares = [f"{kind} right (%)" for kind in ("number", "place", "light")]
+    assert list(metrics) == ["pretrain loss", "finetune loss", "cross gate", *shares]
     assert metrics["pretrain loss"] > 1 and 0 <= metrics["place right (%)"] <= 100
-    config = json.loads((run_of(tmp_path, "num_points=2", 3) / "llava-mmfuser-finetune" / "config.json").read_text())
-    assert config["mm_fuser_num_points"] == 2 and config["mm_fuser_num_heads"] == 4
+    config = json.loads((run_of(tmp_path, "num_points=2", 3) / "llava-finetune" / "config.json").read_text())
+    assert config["mm_fuser_num_points"] == 2 and metrics["cross gate"] > 0
     again = host.run([*command, *sizes])
     assert "1 settings x 1 seeds: 1 done, 0 to run" in again.stdout and "world" not in again.stdout

@@ -377,9 +377,9 @@ def test_second_finetune_of_a_config_without_resolved_layers(world):
 
 
 def test_layers_of_an_existing_model_are_those_of_its_own_tower(world, tmp_path):
-    import tiny_llava
+    from toy import models
 
-    tiny_llava.make_clip(tmp_path / "deeper", num_hidden_layers=12)
+    models.make_clip(tmp_path / "deeper", num_hidden_layers=12)
     model = model_with(world, mm_projector_type="mlp2x_gelu")
     model.get_model().initialize_vision_modules(arguments(world, vision_tower=str(tmp_path / "deeper")))
     assert model.config.mm_fuser_layers == [3, 4, 5, 6, 7]

@@ -1,7 +1,6 @@
 """The runs of an ablation: one command per setting and seed, queued over GPUs, each recorded when it ends."""
 
 import contextlib
-import fcntl
 import importlib.metadata
 import json
 import os
@@ -16,11 +15,12 @@ import time
 from collections import deque
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Callable, Dict, Iterator, List, Optional, Sequence, Tuple
+from typing import Callable, Dict, List, Optional, Sequence, Tuple
+
+from housekeeping import stop, write
 
 PLACEHOLDERS = ("flags", "seed", "output", "name", "port")
 PACKAGES = ("torch", "transformers", "accelerate", "peft", "deepspeed", "llava", "llava-torch", "llava-mmfuser")
-GRACE = 10.0  # seconds between asking a run to stop and killing it
 LAST_LOSSES = 10  # logged losses whose mean is the metric `loss`: one step alone is too noisy to compare
 
 
@@ -104,31 +104,6 @@ class Run:
 
 def _show(value: object) -> str:
     return (shlex.join(value) or "(none)") if isinstance(value, list) else str(value)
-
-
-def write(file: Path, text: str) -> None:
-    """Write beside the target, then rename: a reader or a rerun never meets half a file."""
-    incomplete = file.with_name(file.name + ".incomplete")
-    incomplete.write_text(text)
-    os.replace(incomplete, file)
-
-
-@contextlib.contextmanager
-def locked(folder: Path) -> Iterator[int]:
-    """Hold `folder` for this process, and for every process that is given the file descriptor.
-
-    Raises:
-        ValueError: somebody else holds it.
-    """
-    with open(folder / "lock", "w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ValueError(
-                f"{folder} is in use by another ablate.py, or by a run that one left behind when it was killed; "
-                f"wait for it, stop it, or give another --output"
-            ) from None
-        yield file.fileno()
 
 
 def versions() -> Dict[str, str]:
@@ -222,25 +197,6 @@ def _start(run: Run, gpu: Optional[str], lock: int) -> _Running:
     return _Running(run, gpu, command, process)
 
 
-def _signal(running: _Running, number: int) -> None:
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(running.process.pid, number)
-
-
-def _stop(active: Sequence[_Running]) -> None:
-    """Ask every run to end, and kill what is left after `GRACE` or at the second Ctrl-C."""
-    try:
-        for running in active:
-            _signal(running, signal.SIGTERM)
-        deadline = time.monotonic() + GRACE
-        for running in active:
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                running.process.wait(max(0.0, deadline - time.monotonic()))
-    finally:
-        for running in active:
-            _signal(running, signal.SIGKILL)
-
-
 def run_all(
     runs: Sequence[Run],
     gpus: Sequence[Optional[str]],
@@ -267,4 +223,4 @@ def run_all(
                 ended(running.run, running.finish())
             time.sleep(0.05)
     finally:
-        _stop(active)
+        stop([running.process for running in active])

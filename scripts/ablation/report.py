@@ -8,7 +8,7 @@ import statistics
 from pathlib import Path
 from typing import Dict, List, Optional, Sequence
 
-from ablate_runs import write
+from housekeeping import padded, write
 
 PANELS_PER_ROW = 4
 
@@ -77,11 +77,7 @@ def table(rows: Sequence[dict], records: Sequence[dict], settings: Sequence[str]
             mean = _spread(row["mean"], row["deviation"], decimals)
             difference = _spread(row["difference"], row["difference_deviation"], decimals, sign="+")
             cells.append([row["setting"], str(row["n"]), mean, difference])
-        widths = [max(map(len, column)) for column in zip(*cells)]
-        for name, *others in cells:
-            padded = [cell.rjust(width) for cell, width in zip(others, widths[1:])]
-            lines.append("  ".join([name.ljust(widths[0]), *padded]).rstrip())
-        lines.append("")
+        lines += [*padded(cells), ""]
     lines.append("sd: sample standard deviation over seeds; differences are taken seed by seed.")
     changed = sorted(
         {

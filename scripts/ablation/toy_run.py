@@ -1,7 +1,7 @@
-"""One run of an ablation on the demo's toy data: pretrain, finetune, ask about the held-out pictures.
+"""One run of an ablation on the demo's toy data: pretrain, finetune, ask about held-out pictures.
 
-scripts/ablate.py starts this file once for the toy world and once per run. The demo's code, and torch with it, is
-imported only where it is used: ablate.py itself imports this file.
+`ablate.py toy …` is started once for the toy world and once per run. torch is imported only where it is used: the
+command line imports this file.
 """
 
 import argparse
@@ -12,15 +12,16 @@ import sys
 from pathlib import Path
 from typing import Dict, List, Sequence
 
-WORLD = {  # what the pictures, the vision tower and the language model depend on; defaults of scripts/demo.py
-    "pictures": (3000, "training pictures"),
-    "heldout": (200, "held-out pictures"),
-    "clip_steps": (600, "steps that train the vision tower"),
-    "llama_steps": (400, "steps that train the language model on text"),
-}
-TRAINING = {"pretrain_steps": (120, "steps of stage 1"), "finetune_steps": (200, "steps of stage 2")}
+from toy.recipe import FUSER, STAGES
+from toy.recipe import STEPS as TRAINING
+from toy.world import SIZES as WORLD
+from toy.world import make_world
+
+from llava_mmfuser.config import FUSIONS_WITHOUT_WEIGHTS, PROJECTOR_TYPE
+
 NEEDED = ("llava", "llava_mmfuser", "deepspeed", "sentencepiece", "sklearn", "skimage")  # as demo.sh --here
 WORLD_SEED = 0  # as in a real ablation, data and pretrained models are given: --seeds vary the training only
+SCRIPT = Path(__file__).resolve().parent.parent / "ablate.py"
 
 
 def add_arguments(parser: argparse._ActionsContainer, settings: Dict[str, tuple]) -> None:
@@ -52,7 +53,7 @@ def world_is_made(world: Path, options: argparse.Namespace) -> bool:
 
 
 def world_command(world: Path, options: argparse.Namespace) -> List[str]:
-    return [sys.executable, __file__, "world", str(world), *arguments(options, WORLD)]
+    return [sys.executable, str(SCRIPT), "toy", "world", str(world), *arguments(options, WORLD)]
 
 
 def run_command(world: Path, options: argparse.Namespace) -> List[str]:
@@ -60,56 +61,70 @@ def run_command(world: Path, options: argparse.Namespace) -> List[str]:
     device = "cuda" if options.gpus else "cpu"
     training = arguments(options, TRAINING)
     where = ["--seed", "{seed}", "--output", "{output}", "--device", device]
-    return [sys.executable, __file__, "run", str(world), *training, *where, "--", "{flags}"]
+    return [sys.executable, str(SCRIPT), "toy", "run", str(world), *training, *where, "--", "{flags}"]
 
 
-def make_world(world: Path, options: argparse.Namespace) -> None:
-    import demo
-
+def make(world: Path, options: argparse.Namespace) -> None:
     incomplete = world.with_name(world.name + ".incomplete")
     shutil.rmtree(incomplete, ignore_errors=True)
-    options.seed = WORLD_SEED
-    demo.make_world(incomplete, options, demo.Progress(0))
-    (incomplete / "world.json").write_text(json.dumps({name: getattr(options, name) for name in WORLD}))
+    sizes = {name: getattr(options, name) for name in WORLD}
+    make_world(incomplete, sizes, WORLD_SEED, lambda text: print(text, flush=True))
+    (incomplete / "world.json").write_text(json.dumps(sizes))
     incomplete.rename(world)
 
 
-def projector_type(flags: Sequence[str]) -> str:
-    """The last --mm_projector_type among the flags; mmfuser if there is none."""
+def own_rate(flags: Sequence[str]) -> List[str]:
+    """The toy's rate for the fuser, unless the flags name one or there is nothing to train: see docs/study.md."""
     parser = argparse.ArgumentParser(allow_abbrev=False, add_help=False)
-    parser.add_argument("--mm_projector_type", default="mmfuser")
-    return parser.parse_known_args(flags)[0].mm_projector_type
+    parser.add_argument("--mm_projector_type", default=PROJECTOR_TYPE)
+    parser.add_argument("--mm_fuser_fusion")
+    parser.add_argument("--mm_fuser_lr")
+    given = parser.parse_known_args(flags)[0]
+    trained = given.mm_projector_type == PROJECTOR_TYPE and given.mm_fuser_fusion not in FUSIONS_WITHOUT_WEIGHTS
+    return ["--mm_fuser_lr", str(FUSER["mm_fuser_lr"])] if trained and given.mm_fuser_lr is None else []
 
 
 def train_and_ask(world: Path, options: argparse.Namespace, flags: Sequence[str]) -> Dict[str, float]:
-    """Both stages through LLaVA's train.py, then the questions; losses, and the percentages of right answers."""
-    import demo
+    """Both stages through LLaVA's train.py, then the questions: losses, gates and the percentages of right answers."""
+    from toy import asking, recipe
 
-    variant = projector_type(flags)
-    metrics = {}
-    for stage in ("pretrain", "finetune"):
-        command = demo.train_command(world, options.output, variant, stage, options, options.device, flags)
-        demo.run(command, options.output / f"{stage}.log")
-        curve = demo.losses(options.output / f"llava-{variant}-{stage}")
-        metrics[f"{stage} loss"] = demo.final_loss(curve)
+    metrics, adapter = {}, None
+    for stage in STAGES:
+        output = options.output / f"llava-{stage}"
+        arguments = recipe.train_arguments(
+            world,
+            output,
+            stage,
+            **recipe.DEMO,
+            max_steps=getattr(options, f"{stage}_steps"),
+            use_cpu=options.device == "cpu",
+            pretrain_mm_mlp_adapter=adapter,
+        )
+        recipe.train([*arguments, *own_rate(flags), *flags], options.seed, options.output / f"{stage}.log")
+        adapter = output / "mm_projector.bin"
+        metrics[f"{stage} loss"] = recipe.final(recipe.curve(output, "loss"))
+    gates = recipe.curve(output, "mm_fuser_cross_gate")
+    if gates:
+        metrics["cross gate"] = gates[-1]
     records = json.loads((world / "data" / "heldout.json").read_text())
-    given = demo.answer(options.output / f"llava-{variant}-finetune", world / "data", records, options.device)
-    for kind, value in demo.accuracy(given["answers"], records).items():
+    data, log = world / "data", options.output / "answers.log"
+    found = recipe.in_child(asking.answer, output, data, records, options.device, log=log)
+    for kind, value in asking.accuracy(found["answers"], records).items():
         metrics[f"{kind} right (%)"] = 100 * value
     return metrics
 
 
-def main() -> None:
-    given, flags = sys.argv[1:], []
+def main(given: List[str]) -> None:
+    flags: List[str] = []
     if "--" in given:
         given, flags = given[: given.index("--")], given[given.index("--") + 1 :]
     parser = argparse.ArgumentParser(description=__doc__)
     modes = parser.add_subparsers(dest="mode", required=True)
-    make = modes.add_parser("world")
+    world = modes.add_parser("world")
     run = modes.add_parser("run")
-    for mode in (make, run):
+    for mode in (world, run):
         mode.add_argument("world", type=Path)
-    add_arguments(make, WORLD)
+    add_arguments(world, WORLD)
     add_arguments(run, TRAINING)
     run.add_argument("--seed", type=int, required=True)
     run.add_argument("--output", type=Path, required=True)
@@ -118,11 +133,7 @@ def main() -> None:
     # Threads that spin while they wait make every step four times slower when something else uses the cores.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     if options.mode == "world":
-        make_world(options.world, options)
+        make(options.world, options)
     else:
         metrics = train_and_ask(options.world, options, flags)
         (options.output / "metrics.json").write_text(json.dumps(metrics, indent=1))
-
-
-if __name__ == "__main__":
-    main()

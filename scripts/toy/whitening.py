@@ -1,0 +1,40 @@
+"""A control: the query map alone, whitened, so that a projector has nothing to gain from a better scale."""
+
+import json
+from pathlib import Path
+from typing import Any, Callable
+
+import torch
+
+PICTURES = 500
+
+
+@torch.no_grad()
+def fit_whitening(world: Path, file: Path) -> None:
+    """Write the mean and the whitening matrix of hidden_states[-2] over training pictures."""
+    from PIL import Image
+    from transformers import CLIPImageProcessor, CLIPVisionModel
+
+    model = CLIPVisionModel.from_pretrained(world / "clip")
+    processor = CLIPImageProcessor.from_pretrained(world / "clip")
+    records = json.loads((world / "data" / "pretrain.json").read_text())[:PICTURES]
+    images = [Image.open(world / "data" / record["image"]) for record in records]
+    pixels = processor(images, return_tensors="pt").pixel_values
+    features = model(pixels, output_hidden_states=True).hidden_states[-2][:, 1:].flatten(0, 1)
+    values, vectors = torch.linalg.eigh(torch.cov(features.T))
+    matrix = vectors @ torch.diag((values + 1e-3 * values.mean()).rsqrt()) @ vectors.T
+    torch.save({"mean": features.mean(0), "matrix": matrix}, file)
+
+
+def whitened(file: Path, function: Callable, *arguments: Any) -> Any:
+    """What function(*arguments) returns while LLaVA's tower whitens what it selects; for a process of its own."""
+    from llava.model.multimodal_encoder.clip_encoder import CLIPVisionTower
+
+    kept, select = torch.load(file), CLIPVisionTower.feature_select
+
+    def feature_select(self, outputs):
+        features = select(self, outputs)
+        return ((features.float() - kept["mean"]) @ kept["matrix"]).to(features.dtype)
+
+    CLIPVisionTower.feature_select = feature_select
+    return function(*arguments)
