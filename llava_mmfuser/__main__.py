@@ -135,10 +135,11 @@ def _layers(options: argparse.Namespace) -> int:
 
 
 def _inspect(options: argparse.Namespace) -> int:
-    from .inspection import inspect
+    from .inspection import NAME_NOTE, inspect
 
     lines, reason = inspect(options.path)
-    verdict = "loads: yes" if reason is None else "loads: no, " + " ".join(reason.split())
+    yes = "loads: yes" + (", under such a name" if lines and lines[-1].startswith(NAME_NOTE) else "")
+    verdict = yes if reason is None else "loads: no, " + " ".join(reason.split())
     sys.stdout.write("\n".join(lines + [verdict]) + "\n")
     return 0 if reason is None else 1
 

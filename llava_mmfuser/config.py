@@ -193,7 +193,8 @@ def check_order(layers: Tuple[int, ...], resolved: Optional[Tuple[int, ...]], se
         if len({place for place, _ in of_kind}) != len(of_kind):
             raise ValueError(f"{setting}={spell(layers)} names a layer twice{indices}; every layer may appear once")
         if of_kind != sorted(of_kind):
-            advice = [layer for _, layer in sorted(of_kind)]
+            ordered = iter(sorted(of_kind))
+            advice = [next(ordered)[1] if own == kind else layer for layer, own in zip(layers, kinds)]
             raise ValueError(
                 f"{setting}={spell(layers)} is not in order{indices}; write shallow to deep, the query layer last: "
                 f"{spell(advice)}"

@@ -56,6 +56,7 @@ DTYPES = {"F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64": "float6
 
 
 FULL, LORA_FOLDER, ADAPTER_FOLDER = "a full checkpoint", "a LoRA folder", "an adapter folder"
+NAME_NOTE = "note: LLaVA goes by the name"
 MIXED = "a LoRA folder with a full checkpoint in it"
 
 
@@ -316,7 +317,7 @@ def name_problem(name: str, kind: str, config: Mapping[str, Any]) -> Optional[st
     rule = [f"contain {' and '.join(map(repr, missing))}"] if missing else []
     rule += [f"not contain {' or '.join(map(repr, present))}"] if present else []
     return (
-        f"LLaVA goes by the name, and model_name={name!r} must {' and '.join(rule)} for {kind} (model_type="
+        f"model_name={name!r} must {' and '.join(rule)} for {kind} (model_type="
         f"{config.get('model_type')!r}): rename the folder, or pass such a model_name to load_pretrained_model"
     )
 
@@ -407,7 +408,7 @@ def _folder_lines(folder: str) -> Iterator[str]:
     check_tower_is_there(config)
     problem = name_problem(name_from_path(folder), kind, config)
     if problem:
-        yield f"note: {problem}"
+        yield f"{NAME_NOTE}, and {problem}"
 
 
 def _adapter_lines(path: str) -> Iterator[str]:

@@ -1,9 +1,10 @@
+import contextlib
 from types import SimpleNamespace
 
 import pytest
 
 from llava_mmfuser import MMFuserConfig
-from llava_mmfuser.config import parse_layers, resolve_layers, spell
+from llava_mmfuser.config import check_order, parse_layers, resolve_layers, spell
 
 VIT_L = SimpleNamespace(num_hidden_layers=24, hidden_size=1024)
 
@@ -52,7 +53,9 @@ def test_uniform_default(depth, query, layers):
         (-26, "layer -26 does not exist"),
         ((3, 3, 23), "names a layer twice"),
         ((-2, 23), "names a layer twice"),
-        ((23, 3), "not in order .* the query layer last: 3,23"),
+        ((23, 3), "23,3 is not in order; write shallow to deep, the query layer last: 3,23"),
+        ((-2, -7, -12), r"not in order \(as indices: 23,18,13\); .* the query layer last: -12,-7,-2"),
+        ((-2, 3), r"not in order \(as indices: 23,3\); .* the query layer last: 3,-2"),
         (2, "no uniform set of layers below"),
     ],
 )
@@ -100,6 +103,20 @@ def test_settings_that_are_not_allowed_are_named(settings, message):
 def test_heads_are_checked_against_the_tower():
     with pytest.raises(ValueError, match="mm_fuser_num_heads=12 does not divide the feature width 1024"):
         MMFuserConfig(num_heads=12).resolve(VIT_L)
+
+
+@pytest.mark.parametrize(
+    "layers,message",
+    [
+        ((-2, -7, -12), "-2,-7,-12 is not in order; write shallow to deep, the query layer last: -12,-7,-2"),
+        ((8, 3, -2), "8,3,-2 is not in order; .* last: 3,8,-2"),
+        ((-7, -7, -2), "-7,-7,-2 names a layer twice; every"),
+        ((-7, 3, -2, 23), None),
+    ],
+)
+def test_order_is_judged_without_a_tower_as_far_as_it_can_be_known(layers, message):
+    with pytest.raises(ValueError, match=message) if message else contextlib.nullcontext():
+        check_order(layers, None, "mm_fuser_layers")
 
 
 def test_settings_round_trip_through_a_llava_config():
