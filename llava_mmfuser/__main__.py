@@ -145,7 +145,7 @@ def _layers(options: argparse.Namespace) -> int:
 
 
 def _inspect(options: argparse.Namespace) -> int:
-    from .inspection import inspect
+    from .inspection import NAME_NOTE, inspect
 
     try:
         lines, reason = inspect(options.path)
@@ -155,7 +155,8 @@ def _inspect(options: argparse.Namespace) -> int:
         from .installation import explain
 
         lines, reason = [], f"a fault of llava_mmfuser, please report it: {explain(error)}"
-    verdict = "loads: yes" if reason is None else "loads: no, " + " ".join(reason.split())
+    yes = "loads: yes" + (", under such a name" if lines and lines[-1].startswith(NAME_NOTE) else "")
+    verdict = yes if reason is None else "loads: no, " + " ".join(reason.split())
     for line in lines + [verdict]:
         _say(line)
     return 0 if reason is None else 1

@@ -9,7 +9,7 @@ from typing import Any, Dict, Iterable, List, Mapping, Optional, Tuple
 
 import torch
 
-from .config import FUSIONS_WITHOUT_WEIGHTS, PROJECTOR_TYPE, MMFuserConfig, read_setting, spell
+from .config import FUSIONS_WITHOUT_WEIGHTS, PROJECTOR_TYPE, MMFuserConfig, is_listed, read_setting, spell
 from .fuser import PUBLISHED_NAMES
 from .fusion import build_fusion
 
@@ -70,6 +70,11 @@ def without_wrapper(state_dict: Dict[str, Any], prefix: str = "") -> None:
         wrapped = re.fullmatch(r"(modules_to_save\.[^.]+|original_module)\.(.+)", key[len(prefix) :])
         if wrapped:  # in this order: the copies, then what has none
             state_dict.setdefault(prefix + wrapped[2], state_dict.pop(key))
+
+
+def has_fuser(names: Iterable[str]) -> bool:
+    """Whether names of weights, of a whole model or an adapter, are of a projector with fuser, ours or the authors'."""
+    return any(MARK + mark in name for name in names for mark in ("fuser.", "0.gamma1"))
 
 
 def missing_fuser_keys(loaded_keys: Iterable[str], projector: Any) -> List[str]:
@@ -217,15 +222,13 @@ def matching_adapter(
     has_all = any(name.startswith("fuser.") for name in weights) or without
     if vision_config is not None and of_fuser and has_all:
         trained = MMFuserConfig.from_llava(config).resolve(vision_config)
-        for name in (field.name for field in dataclasses.fields(settings) if field.name != "projector"):
-            if name in settings.without_effect:
-                continue
+        name = settings.difference(dataclasses.replace(trained, projector=settings.projector))
+        if name is not None:
             before, now = spell(getattr(trained, name)), spell(getattr(settings, name))
-            if before != now:
-                raise ValueError(
-                    f"{path} was trained with mm_fuser_{name}={before}, but this run has {now}; "
-                    f"add --mm_fuser_{name} {before}"
-                )
+            raise ValueError(
+                f"{path} was trained with mm_fuser_{name}={before}, but this run has {now}; "
+                f"add --mm_fuser_{name} {before}"
+            )
     return weights
 
 
@@ -254,22 +257,25 @@ def read_config(folder: str) -> Optional[Dict[str, Any]]:
     """``config.json`` of a folder as a dict, or None where there is none.
 
     Raises:
-        ValueError: it is not JSON.
+        ValueError: it is not JSON in UTF-8 as transformers reads it, or no object.
     """
     file = os.path.join(folder, "config.json")
     if not os.path.isfile(file):
         return None
     with open(file, encoding="utf-8") as stream:
         try:
-            return json.load(stream)
-        except ValueError as error:
-            raise ValueError(f"{file} is not JSON: {error}") from error
+            config = json.load(stream)
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{file} is not JSON in UTF-8: {error}") from error
+    if not isinstance(config, dict):
+        raise ValueError(f"{file} is not a JSON object; copy the config.json that was saved with the weights")
+    return config
 
 
 def is_authors_config(config: Any) -> bool:
-    """Whether a config (dict or object) is of a checkpoint of the authors' fork: a list of layers, no projector type
-    of its own."""
-    listed = isinstance(read_setting(config, "mm_vision_select_layer"), (list, tuple))
+    """Whether a config (dict or object) is of a checkpoint of the authors' fork: a list of layers in any spelling, no
+    projector type of its own."""
+    listed = is_listed(read_setting(config, "mm_vision_select_layer"))
     return listed and read_setting(config, "mm_projector_type") != PROJECTOR_TYPE
 
 

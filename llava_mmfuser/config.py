@@ -1,5 +1,6 @@
 """Every setting of the fuser: default, help text, parsing, validation, and its place in a LLaVA config."""
 
+import contextlib
 import dataclasses
 import re
 from dataclasses import dataclass, field
@@ -39,6 +40,16 @@ class LayerSet:
 
     def __str__(self) -> str:
         return self.name
+
+    @property
+    def num_layers(self) -> int:
+        """How many layers it has; of ``all`` below a query that counts from the end only the tower could tell."""
+        if self.name == "all" and self.query < 0:
+            raise ValueError(
+                f"mm_fuser_layers={self} below mm_vision_select_layer={self.query} has to be resolved for a vision "
+                f"tower first; write the layers as a list, or the query as an index from 0"
+            )
+        return self.query + 1 if self.name == "all" else NUM_UNIFORM_LAYERS
 
     def resolve(self, query: int) -> Tuple[int, ...]:
         """The set's `hidden_states` indices, the query last, for a non-negative query; out of range if it is shallow.
@@ -102,6 +113,14 @@ def parse_layers(value: Any, setting: str = "mm_vision_select_layer") -> Layers:
     return layers
 
 
+def is_listed(value: Any) -> bool:
+    """Whether a select layer, in any spelling that `parse_layers` reads, is a list."""
+    if isinstance(value, str):
+        with contextlib.suppress(ValueError):
+            value = parse_layers(value)
+    return isinstance(value, (list, tuple)) or (isinstance(value, str) and value.strip().startswith(("list", "[")))
+
+
 def parse_listed_layers(value: Any, query: Any = None) -> Layers:
     """As `parse_layers`, for ``mm_fuser_layers``: all layers, or one of `LAYER_SETS` below the query.
 
@@ -160,17 +179,33 @@ def resolve_layers(layers: Layers, num_hidden_layers: int, setting: str = "mm_vi
                 f"name the layers yourself, for example {setting}=0,{max(query, 1)}"
             )
         return resolved
-    if len(set(resolved)) != len(resolved):
-        raise ValueError(
-            f"{setting}={spell(layers)} names a layer twice (as indices: {spell(resolved)}); "
-            f"every layer may appear once"
-        )
-    if list(resolved) != sorted(resolved):
-        raise ValueError(
-            f"{setting}={spell(layers)} is not in order (as indices: {spell(resolved)}); "
-            f"write shallow to deep, the query layer last: {spell(tuple(sorted(resolved)))}"
-        )
+    check_order(layers, resolved, setting)
     return resolved
+
+
+def check_order(layers: Tuple[int, ...], resolved: Optional[Tuple[int, ...]], setting: str) -> None:
+    """Refuse listed layers unless they ascend; without a tower, as far as that can be known.
+
+    Args:
+        layers: as they were given.
+        resolved: the same as non-negative indices of one tower; None where the tower's depth is unknown, so that
+            negative layers can be compared only with each other, and so can the others.
+        setting: the name used in error messages.
+    """
+    kinds = [(layer < 0 if resolved is None else None) for layer in layers]
+    places = layers if resolved is None else resolved
+    indices = "" if places == layers else f" (as indices: {spell(places)})"
+    for kind in dict.fromkeys(kinds):
+        of_kind = [(place, layer) for place, layer, own in zip(places, layers, kinds) if own == kind]
+        if len({place for place, _ in of_kind}) != len(of_kind):
+            raise ValueError(f"{setting}={spell(layers)} names a layer twice{indices}; every layer may appear once")
+        if of_kind != sorted(of_kind):
+            ordered = iter(sorted(of_kind))
+            advice = [next(ordered)[1] if own == kind else layer for layer, own in zip(layers, kinds)]
+            raise ValueError(
+                f"{setting}={spell(layers)} is not in order{indices}; write shallow to deep, the query layer last: "
+                f"{spell(advice)}"
+            )
 
 
 def spell(value: Any) -> str:
@@ -246,9 +281,9 @@ class MMFuserConfig:
 
     @property
     def num_layers(self) -> int:
-        """Number of feature maps: those that are listed, or `NUM_UNIFORM_LAYERS` where only the query is given."""
+        """Number of feature maps: those of the list or set, or `NUM_UNIFORM_LAYERS` where only the query is given."""
         if isinstance(self.layers, LayerSet):
-            raise ValueError(f"mm_fuser_layers={self.layers} has to be resolved for a vision tower first")
+            return self.layers.num_layers
         return NUM_UNIFORM_LAYERS if isinstance(self.layers, int) else len(self.layers)
 
     @property
@@ -317,6 +352,11 @@ class MMFuserConfig:
             given["layers"] = parse_listed_layers(given["layers"], read_setting(source, "mm_vision_select_layer"))
         return cls(**{name: value for name, value in given.items() if value is not None})
 
+    def difference(self, other: "MMFuserConfig") -> Optional[str]:
+        """The first field with another value in `other`, or None; fields that mean nothing here do not count."""
+        names = [f.name for f in dataclasses.fields(self) if f.name not in self.without_effect]
+        return next((name for name in names if getattr(self, name) != getattr(other, name)), None)
+
     def to_llava(self) -> Dict[str, Any]:
         """The flat ``mm_fuser_*`` keys for ``config.json``; call it on what `resolve` returned."""
         flat = {FLAG_PREFIX + f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
@@ -357,6 +397,37 @@ def check_num_heads(hidden_size: int, num_heads: int) -> None:
         raise ValueError(
             f"mm_fuser_num_heads={num_heads} does not divide the feature width {hidden_size}; "
             f"use one of {', '.join(map(str, allowed))}"
+        )
+
+
+def check_tower(config: Any, vision_config: Any) -> None:
+    """Refuse a config.json (dict or object) of a LLaVA with fuser whose vision tower is not the one it describes.
+
+    Raises:
+        ValueError: ``mm_hidden_size`` is not the tower's width, or ``mm_vision_select_layer`` is another layer of this
+            tower than the last of ``mm_fuser_layers``, as after exchanging the tower or editing one of the two.
+    """
+    width = read_setting(config, "mm_hidden_size")
+    name = read_setting(config, "mm_vision_tower")
+    if width is not None and width != vision_config.hidden_size:
+        raise ValueError(
+            f"mm_hidden_size={width!r}, but mm_vision_tower={name!r} has width {vision_config.hidden_size}; name the "
+            f"vision tower that the fuser was trained with"
+        )
+    listed, select_layer = read_setting(config, "mm_fuser_layers"), read_setting(config, "mm_vision_select_layer")
+    if listed is None or select_layer is None:
+        return
+    blocks, query = vision_config.num_hidden_layers, parse_layers(select_layer)
+    layers = resolve_layers(parse_listed_layers(listed, select_layer), blocks, "mm_fuser_layers")
+    if isinstance(query, int):
+        same = resolve_layers((query,), blocks)[0] == layers[-1]
+    else:
+        same = resolve_layers(query, blocks) == layers
+    if not same:
+        raise ValueError(
+            f"mm_fuser_layers={spell(listed)} and mm_vision_select_layer={spell(query)} do not end at the same layer "
+            f"of mm_vision_tower={name!r}, which has {blocks} blocks; undo what was changed: the layers, the query, or "
+            f"the tower. If the layers are right, write mm_vision_select_layer: {layers[-1]}"
         )
 
 

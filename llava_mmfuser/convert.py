@@ -15,8 +15,8 @@ from typing import Any, Dict, List, Mapping, Optional, Tuple
 import torch
 
 from . import __version__, writing
-from .checkpoint import MARK, Shapes, compare, convert_hint, from_published, to_published
-from .config import FLAG_PREFIX, FUSIONS, PROJECTOR_TYPE, MMFuserConfig, parse_listed_layers, spell
+from .checkpoint import MARK, Shapes, compare, convert_hint, from_published, is_authors_config, to_published
+from .config import FLAG_PREFIX, FUSIONS, PROJECTOR_TYPE, MMFuserConfig, parse_layers, parse_listed_layers, spell
 from .fusion import build_fusion
 from .inspection import (
     DTYPES,
@@ -60,8 +60,8 @@ def convert(source: str, out: str, to_authors: bool = False, link: bool = False)
         config = {key: value for key, value in config.items() if not key.startswith(FLAG_PREFIX)}
         config.update(mm_projector_type=settings.projector, mm_vision_select_layer=list(settings.layers))
     else:
-        given = config.get("mm_vision_select_layer")
-        if not isinstance(given, list):
+        if not is_authors_config(config):
+            given = config.get("mm_vision_select_layer")
             raise ValueError(
                 f"mm_vision_select_layer={given!r} in {source}/config.json, but the weights are those of the authors' "
                 f"fork; write the five layers it was trained with there, such as [-22, -17, -12, -7, -2]"
@@ -127,6 +127,7 @@ def upgrade(
     config = dict(checkpoint.config)
     resolved, tower = _upgrade_settings(checkpoint, vision_tower, dict(settings or {}))
     config.update(mm_projector_type=PROJECTOR_TYPE, mm_hidden_size=tower.hidden_size, **resolved.to_llava())
+    config["mm_vision_select_layer"] = parse_layers(config["mm_vision_select_layer"])  # an int, if it was a text
     _check_weights(checkpoint, projector_shapes(config, resolved), fuser=False)
     fresh = build_fusion(resolved, tower.hidden_size, config["hidden_size"]).state_dict()
     link, notes = _may_link(link, source, out)
@@ -158,9 +159,7 @@ def _upgrade_settings(
         )
     if config.get("s2"):
         raise ValueError(f"s2={config['s2']!r} in config.json is not supported together with a fuser")
-    query = config.get("mm_vision_select_layer")
-    if not isinstance(query, int):
-        raise ValueError(f"mm_vision_select_layer={query!r} in config.json is not allowed; it must be an int")
+    query = parse_layers(config.get("mm_vision_select_layer"), "config.json: mm_vision_select_layer")
     setting = "mm_fuser_layers" if "layers" in given else "mm_vision_select_layer"
     given["layers"] = parse_listed_layers(given["layers"], query) if "layers" in given else query
     name = vision_tower or config.get("mm_vision_tower")

@@ -6,11 +6,12 @@ headers are read; a ``.bin`` is memory-mapped. Nothing here writes or downloads.
 
 import contextlib
 import dataclasses
+import itertools
 import json
 import os
 import re
 import zipfile
-from typing import Any, Dict, Iterable, Iterator, List, Mapping, NamedTuple, Optional, Tuple
+from typing import Any, Dict, Iterable, Iterator, List, Mapping, NamedTuple, Optional, Sequence, Tuple
 
 import torch
 
@@ -20,6 +21,7 @@ from .checkpoint import (
     compare,
     convert_hint,
     describe,
+    differences,
     expected_shapes,
     from_published,
     is_authors_config,
@@ -30,16 +32,20 @@ from .checkpoint import (
     without_wrapper,
 )
 from .config import (
+    ATTENTION_KINDS,
     CLIP_TYPES,
     FLAG_PREFIX,
+    FUSIONS,
     FUSIONS_WITHOUT_WEIGHTS,
     MAX_LAYERS,
     MAX_WIDTH,
     PROJECTOR_TYPE,
     MMFuserConfig,
     check_count,
+    check_order,
+    check_tower,
     layers_setting,
-    resolve_layers,
+    parse_layers,
     spell,
 )
 
@@ -51,6 +57,11 @@ _LEFT_OUT = re.compile(
     r"(model|pytorch_model)(-.*)?\.(safetensors|bin)(\.index\.json)?|(tf|flax)_model.*|(optimizer|scheduler|rng_state).*"
 )
 DTYPES = {"F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64": "float64"}
+
+
+FULL, LORA_FOLDER, ADAPTER_FOLDER = "a full checkpoint", "a LoRA folder", "an adapter folder"
+NAME_NOTE = "note: LLaVA goes by the name"
+MIXED = "a LoRA folder with a full checkpoint in it"
 
 
 class Weight(NamedTuple):
@@ -105,9 +116,10 @@ def read_checkpoint(folder: str) -> Checkpoint:
     if not os.path.isdir(folder):
         raise ValueError(f"{folder} is not a folder; name the folder of a checkpoint that is on this machine")
     config = read_config(folder)
-    if not isinstance(config, dict):
-        what = "no config.json" if config is None else "a config.json that is not a JSON object"
-        raise ValueError(f"{folder} has {what}; name the folder in which LLaVA saved the weights and config.json")
+    if config is None:
+        raise ValueError(
+            f"{folder} has no config.json; name the folder in which LLaVA saved the weights and config.json"
+        )
     entries = sorted(os.listdir(folder))
     files = [name for name in entries if os.path.isfile(os.path.join(folder, name))]
     unreadable = [name for name in files if not os.access(os.path.join(folder, name), os.R_OK)]
@@ -143,7 +155,7 @@ def _read_index(folder: str, name: str) -> Tuple[Dict[str, Any], List[str]]:
     with open(path, encoding="utf-8") as stream:
         try:
             index = json.load(stream)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"{path} is not JSON: {error}") from error
     if not isinstance(index, dict) or not all(isinstance(index.get(key), dict) for key in ("metadata", "weight_map")):
         raise ValueError(f"{path} is not an index of shards: it needs the objects 'metadata' and 'weight_map'")
@@ -187,7 +199,7 @@ def read_header(path: str) -> Tuple[Dict[str, Any], int]:
             end = 8 + length + max([entry["data_offsets"][1] for entry in entries], default=0)
             if not all(isinstance(entry["dtype"], str) and isinstance(entry["shape"], list) for entry in entries):
                 raise ValueError("its header has other entries than tensors")
-        except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError) as error:
             raise ValueError(
                 f"{path} ({size} bytes) is not a complete safetensors file: {error}; download or copy it again"
             ) from error
@@ -251,6 +263,23 @@ def local_tower(config: Mapping[str, Any]) -> Optional[Any]:
         return None
 
 
+def check_tower_is_there(config: Mapping[str, Any]) -> None:
+    """Refuse a checkpoint whose vision tower LLaVA would neither find on this machine nor look for on the hub.
+
+    Raises:
+        ValueError: a folder without a CLIP tower's config, or no folder and no name that `build_vision_tower` knows.
+    """
+    name = str(config.get("mm_vision_tower"))
+    if os.path.exists(name):
+        tower_config(name, local_files_only=True)
+    elif not name.startswith(("openai", "laion")) and "ShareGPT4V" not in name:
+        relative = "" if os.path.isabs(name) else f" (seen from {os.getcwd()})"
+        raise ValueError(
+            f"mm_vision_tower={name!r} in config.json is no folder on this machine{relative}, and LLaVA does not look "
+            f"for it on the hub; write where the vision tower is"
+        )
+
+
 def settings_of(config: Mapping[str, Any]) -> MMFuserConfig:
     """The fuser's settings in a config.json of any format; of plain LLaVA only the projector means something.
 
@@ -261,8 +290,48 @@ def settings_of(config: Mapping[str, Any]) -> MMFuserConfig:
         return MMFuserConfig.from_llava(config)
     projector = config.get("mm_projector_type", "linear")
     if is_authors_config(config):
-        return MMFuserConfig(layers=config["mm_vision_select_layer"], projector=projector)
+        return MMFuserConfig(layers=parse_layers(config["mm_vision_select_layer"]), projector=projector)
     return MMFuserConfig(projector=projector)
+
+
+def folder_kind(folder: str) -> str:
+    """`FULL`, `LORA_FOLDER`, `ADAPTER_FOLDER`, or `MIXED`, which transformers reads as the LoRA that it is, too."""
+    full = any(os.path.isfile(os.path.join(folder, name)) for name in _MODELS)
+    if os.path.isfile(os.path.join(folder, "adapter_config.json")):
+        return MIXED if full else LORA_FOLDER
+    has_adapter = any(os.path.isfile(os.path.join(folder, name)) for name in _ADAPTERS)
+    return ADAPTER_FOLDER if has_adapter and not full else FULL
+
+
+def name_problem(name: str, kind: str, config: Mapping[str, Any]) -> Optional[str]:
+    """What is wrong with the model_name that `load_pretrained_model` goes by; None if nothing.
+
+    Args:
+        name: what LLaVA's `get_model_name_from_path` makes of a path, or what is passed.
+        kind: see `folder_kind`.
+        config: its config.json.
+    """
+    is_lora = kind in (LORA_FOLDER, MIXED)
+    wanted = ["llava"] + (["lora"] if is_lora else [])
+    unwanted = ["lora"] if kind == ADAPTER_FOLDER else []
+    if not is_lora and "mpt" not in str(config.get("model_type")):
+        unwanted.append("mpt")
+    missing = [word for word in wanted if word not in name.lower()]
+    present = [word for word in unwanted if word in name.lower()]
+    if not missing and not present:
+        return None
+    rule = [f"contain {' and '.join(map(repr, missing))}"] if missing else []
+    rule += [f"not contain {' or '.join(map(repr, present))}"] if present else []
+    return (
+        f"model_name={name!r} must {' and '.join(rule)} for {kind} (model_type="
+        f"{config.get('model_type')!r}): rename the folder, or pass such a model_name to load_pretrained_model"
+    )
+
+
+def name_from_path(path: str) -> str:
+    """The model_name that LLaVA's scripts make of a path: its last part, of ``checkpoint-N`` with the one before."""
+    parts = os.path.abspath(path).split(os.sep)
+    return "_".join(parts[-2:]) if parts[-1].startswith("checkpoint-") else parts[-1]
 
 
 def check_layers(config: Mapping[str, Any], settings: MMFuserConfig, setting: str) -> bool:
@@ -277,8 +346,8 @@ def check_layers(config: Mapping[str, Any], settings: MMFuserConfig, setting: st
     tower = local_tower(config)
     if tower is not None:
         settings.resolve(tower, setting)
-    elif isinstance(settings.layers, tuple) and len({layer < 0 for layer in settings.layers}) == 1:
-        resolve_layers(settings.layers, 1 << 20, setting)  # within one sign, the order does not depend on the depth
+    elif isinstance(settings.layers, tuple):
+        check_order(settings.layers, None, setting)
     return tower is not None
 
 
@@ -307,20 +376,20 @@ def inspect(path: str) -> Tuple[List[str], Optional[str]]:
 def _folder_lines(folder: str) -> Iterator[str]:
     """The lines of `inspect`; raises ValueError where it finds why the checkpoint does not load."""
     config = read_config(folder)
-    if isinstance(config, dict):
+    if config is not None:
         yield from _setting_lines(config)
     checkpoint = read_checkpoint(folder)
     lora = [file for file in LORA if file in checkpoint.others][:1]
     names = [w.name for weights in checkpoint.weights.values() for w in weights]
     names += [weight.name for file in lora for weight in read_weights(folder, file)]
-    kind = "full checkpoint" if checkpoint.shards else "LoRA folder" if lora else "adapter folder"
+    kind = folder_kind(folder)
     format_name = {
         "ours": "llava_mmfuser's format",
         "authors": "the authors' format",
         "llava": "plain LLaVA, without a fuser",
         "other": "no LLaVA",
     }[checkpoint.format()]
-    yield f"type: {kind} ({describe(names)}), {format_name}"
+    yield f"type: {kind.partition(' ')[2]} ({describe(names)}), {format_name}"
     for weights in checkpoint.projectors().values():
         yield from _weight_lines(folder, weights)
     if checkpoint.left_out:
@@ -331,18 +400,27 @@ def _folder_lines(folder: str) -> Iterator[str]:
         )
     if checkpoint.format() == "authors":
         raise ValueError(f"it is {convert_hint(folder)}")
+    if kind == MIXED:
+        raise ValueError(
+            "it holds a full checkpoint and an adapter_config.json, of which transformers takes the latter, and leaves "
+            "out the projector; move one of them away"
+        )
     for file in checkpoint.shards:
         if file.endswith(".safetensors"):
             metadata = read_header(os.path.join(folder, file))[0].get("__metadata__") or {}
             if metadata.get("format") not in ("pt", "tf", "flax"):
                 raise ValueError(f"{file} has no 'format' in its metadata, which transformers asks for; save it again")
     yield from _fit_lines(checkpoint.config, checkpoint.projectors())
+    check_tower_is_there(config)
+    problem = name_problem(name_from_path(folder), kind, config)
+    if problem:
+        yield f"{NAME_NOTE}, and {problem}"
 
 
 def _adapter_lines(path: str) -> Iterator[str]:
     folder, file = os.path.split(os.path.abspath(path))
     config = read_config(folder)
-    if isinstance(config, dict):
+    if config is not None:
         yield from _setting_lines(config)
     weights = read_weights(folder, file)
     kind = describe([weight.name for weight in weights])
@@ -355,9 +433,9 @@ def _adapter_lines(path: str) -> Iterator[str]:
     yield from _weight_lines(folder, projector)
     if is_published(projector):
         yield "note: the authors' names; --pretrain_mm_mlp_adapter translates them"
-        linear = isinstance(config, dict) and settings_of(config).projector == "linear"
+        linear = config is not None and settings_of(config).projector == "linear"
         projector = {from_published(name, linear): weight for name, weight in projector.items()}
-    if isinstance(config, dict):
+    if config is not None:
         yield from _fit_lines(config, {file: projector})
     else:
         yield "warning: no config.json beside it, so its settings are unknown and its shapes were not compared"
@@ -396,19 +474,137 @@ def _fit_lines(config: Mapping[str, Any], projectors: Mapping[str, Mapping[str, 
     if not projectors:
         raise ValueError(f"there are no weights of a projector (no name with {MARK!r})")
     fused = config.get("mm_projector_type") == PROJECTOR_TYPE or is_authors_config(config)
+    tower = local_tower(config)
     if fused and not check_layers(config, settings, layers_setting(config)):
-        tower = config.get("mm_vision_tower")
-        yield f"note: layers not compared with the vision tower, because the config of {tower!r} is not on this machine"
+        name = config.get("mm_vision_tower")
+        yield f"note: layers not compared with the vision tower, because the config of {name!r} is not on this machine"
     for label, weights in projectors.items():
-        problems = compare({name: weight.shape for name, weight in weights.items()}, projector_shapes(config, settings))
-        if problems:
-            raise ValueError(f"{label}: weights do not fit config.json: {problems}")
+        problem = misfit(config, weights)
+        if problem:
+            raise ValueError(f"{label}: {problem}")
         has_weights = settings.fusion not in FUSIONS_WITHOUT_WEIGHTS
         if fused and has_weights and not any(name.startswith("fuser.") for name in weights):
             yield f"warning: {label} has no weights of the fuser, which starts as the identity"
-        if not fused and any(name.startswith("fuser.") for name in weights):
-            kind = config.get("mm_projector_type")
-            raise ValueError(f"{label} has a fuser, but config.json has mm_projector_type={kind!r}; set it to mmfuser")
+    if fused and tower is not None:
+        check_tower(config, tower)
+
+
+def misfit(
+    config: Mapping[str, Any], weights: Mapping[str, Weight], expected: Optional[Shapes] = None
+) -> Optional[str]:
+    """Why a projector's weights do not fit a config.json, and under which settings they would; None if they do.
+
+    Args:
+        config: of plain LLaVA, of our format, or the authors'.
+        weights: by their name behind ``mm_projector.``, under our names.
+        expected: names and shapes of the projector that was built by `config`; None works them out.
+
+    Raises:
+        ValueError: a setting that is not allowed.
+    """
+    settings = settings_of(config)
+    shapes = {name: tuple(weight.shape) for name, weight in weights.items()}
+    fuser = [name for name in weights if name.startswith("fuser.")]
+    kind = config.get("mm_projector_type", "linear")
+    if fuser and kind != PROJECTOR_TYPE and not is_authors_config(config):
+        settings = MMFuserConfig.from_llava({**config, "mm_fuser_projector": inner_projector(shapes) or "mlp2x_gelu"})
+        fits = not differences(shapes, projector_shapes(config, settings))
+        advice = "" if fits else _advice(config, shapes, settings)
+        return (
+            f"mm_projector_type={kind!r} in config.json, but the weights hold a fuser ({len(fuser)} tensors); write "
+            f"mm_projector_type: {PROJECTOR_TYPE}, with the mm_fuser_* settings that it was trained with{advice}"
+        )
+    expected = projector_shapes(config, settings) if expected is None else expected
+    if any(weight.dtype not in DTYPES.values() for name, weight in weights.items() if name not in fuser):
+        # bitsandbytes stores the MLP of a quantised model in its own shapes and under more names, but never the fuser
+        shapes, expected = ({n: s for n, s in of.items() if n.startswith("fuser.")} for of in (shapes, expected))
+    problems = compare(shapes, expected)
+    return f"weights do not fit config.json: {problems}{_advice(config, shapes, settings)}" if problems else None
+
+
+def inner_projector(names: Iterable[str]) -> Optional[str]:
+    """The ``mm_projector_type`` of the layers behind a fuser by the names of their weights; None if there are none."""
+    layers = [name for name in names if re.fullmatch(r"(\d+\.)?weight", name)]
+    return None if not layers else "linear" if layers == ["weight"] else f"mlp{len(layers)}x_gelu"
+
+
+def _advice(config: Mapping[str, Any], shapes: Shapes, settings: MMFuserConfig) -> str:
+    """With which settings these weights would fit, as far as weights can tell; empty if with none."""
+    if not any(name.startswith("fuser.") for name in shapes):
+        return ""
+
+    def expected(changes: Mapping[str, Any]) -> Shapes:
+        with contextlib.suppress(ValueError):  # heads that do not divide the width
+            return projector_shapes(config, dataclasses.replace(settings, **changes))
+        return {}
+
+    def changes(values: Mapping[str, Iterable[Any]]) -> Iterator[Dict[str, Any]]:
+        for combination in itertools.product(*values.values()):
+            change = dict(zip(values, combination))
+            yield {name: value for name, value in change.items() if value != getattr(settings, name)}
+
+    by_name = {
+        "projector": [inner_projector(shapes) or settings.projector],
+        "fusion": FUSIONS,
+        "attention": ATTENTION_KINDS,
+        "self_attention": (True, False),
+    }
+    named = [change for change in changes(by_name) if set(expected(change)) == set(shapes)]
+    fewest = min((len(change) for change in named), default=0)
+    fitting = []
+    for change in (change for change in named if len(change) == fewest):
+        # what only the shapes tell, one setting at a time
+        others = [{}, *({"layers": tuple(range(count))} for count in range(2, 65))]
+        others += [{name: value} for name in ("num_heads", "num_points") for value in range(1, 65)]
+        texts = [_spell_changes({**change, **other}) for other in others if expected({**change, **other}) == shapes]
+        fitting += texts[:1] if expected(change) == shapes else texts
+    return f". They fit {' or '.join(dict.fromkeys(fitting))}" if any(fitting) else ""
+
+
+def _spell_changes(changes: Mapping[str, Any]) -> str:
+    spelled = {name: f"{FLAG_PREFIX}{name}={value}" for name, value in changes.items()}
+    if "layers" in spelled:
+        spelled["layers"] = f"mm_fuser_layers of {len(changes['layers'])} layers"
+    return " with ".join(spelled.values())
+
+
+def check_weights(
+    config: Mapping[str, Any],
+    expected: Optional[Shapes],
+    loaded_keys: Sequence[str],
+    files: Sequence[str],
+    state_dict: Optional[Mapping[str, torch.Tensor]],
+) -> None:
+    """Refuse a whole model's weights that do not fit its config, before they are read.
+
+    Args:
+        config: of the model that is made; it may come from another folder, as that of an adapter.
+        expected: see `misfit`.
+        loaded_keys: names of the weights, by the index where there is one.
+        files: paths of the weight files, of which headers are read, if there is no state_dict.
+        state_dict: names to tensors, or None.
+
+    Raises:
+        ValueError: see `misfit`; weights of the authors' fork; an index that names other projector weights than its
+            shards have.
+    """
+    if state_dict is not None:
+        weights = [Weight("", name, str(t.dtype)[6:], tuple(t.shape)) for name, t in state_dict.items() if MARK in name]
+    else:
+        weights = [weight for path in files for weight in read_weights(*os.path.split(path)) if MARK in weight.name]
+    listed = {name for name in loaded_keys if MARK in name}
+    differing = sorted(listed ^ {weight.name for weight in weights})
+    if differing:
+        raise ValueError(
+            f"the index of the shards and the shards disagree about {', '.join(differing[:3])} "
+            f"({len(differing)} tensors); the files belong to different checkpoints, so copy them again"
+        )
+    projector = projector_weights(weights)
+    if is_published(projector):
+        raise ValueError("the weights have the names of the authors' MMFuser fork; convert them first")
+    problem = misfit(config, projector, expected) if projector else None
+    if problem:
+        raise ValueError(problem)
 
 
 def read_tensor(folder: str, weight: Weight) -> torch.Tensor:

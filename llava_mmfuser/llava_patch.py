@@ -18,6 +18,7 @@ from typing import Any, Dict, Optional, Sequence, Tuple
 from . import trainer
 from .checkpoint import (
     convert_hint,
+    has_fuser,
     is_authors_config,
     matching_adapter,
     missing_fuser_keys,
@@ -25,17 +26,32 @@ from .checkpoint import (
     read_config,
 )
 from .config import (
+    FLAG_PREFIX,
     FUSIONS,
     FUSIONS_WITHOUT_WEIGHTS,
     PROJECTOR_TYPE,
     MMFuserConfig,
     check_arguments,
+    check_tower,
     explicit_settings,
     layers_setting,
+    read_setting,
     resolve_layers,
+    spell,
     with_fuser_flags,
 )
-from .inspection import projector_shapes, tower_config
+from .inspection import (
+    FULL,
+    MIXED,
+    check_weights,
+    folder_kind,
+    misfit,
+    name_problem,
+    projector_shapes,
+    projector_weights,
+    read_weights,
+    tower_config,
+)
 from .ops import select_implementation
 from .patching import Patch, check_row, folder_of, replace, restore
 from .projector import MMFuserProjector
@@ -88,10 +104,7 @@ def _initialize_vision_modules(original, self, model_args, fsdp=None):
     fused = isinstance(projector, MMFuserProjector)
     if not wanted:
         if fused:
-            raise ValueError(
-                f"mm_projector_type={model_args.mm_projector_type!r}, but the checkpoint has a fuser "
-                f"(mm_projector_type={PROJECTOR_TYPE!r} in its config.json); write --mm_projector_type {PROJECTOR_TYPE}"
-            )
+            raise ValueError(_other_type(model_args))
         _refuse_layer_list(model_args)
         return original(self, model_args, fsdp=fsdp)
 
@@ -102,7 +115,7 @@ def _initialize_vision_modules(original, self, model_args, fsdp=None):
     _check_trainer(model_args)
     tower = self.get_vision_tower()
     if fused:
-        settings, source = _kept_settings(self, model_args), "the checkpoint"
+        settings, source = _kept_settings(self.config, tower.config, model_args), "the checkpoint"
     else:
         settings, source = _resolve(model_args, tower.vision_tower_name if tower else model_args.vision_tower), None
         if projector is not None:
@@ -148,8 +161,9 @@ def _initialize_weights(original, self, module, *args, **kwargs):
 
 
 def _load_pretrained_weights(original, *args, **kwargs):
-    loaded = original(*args, **kwargs)
     given = inspect.signature(original).bind(*args, **kwargs).arguments
+    _check_weights(given)
+    loaded = original(*args, **kwargs)
     for projector in given["model"].modules():
         if isinstance(projector, MMFuserProjector):
             # With low_cpu_mem_usage=True and no device_map, transformers 4.37 takes missing tensors of equal size for
@@ -161,21 +175,41 @@ def _load_pretrained_weights(original, *args, **kwargs):
     return loaded
 
 
-def _parser_init(original, self, dataclass_types, *args, **kwargs):
-    single = dataclasses.is_dataclass(dataclass_types)
-    extended = [_with_flags(kind) for kind in ([dataclass_types] if single else dataclass_types)]
-    original(self, extended[0] if single else extended, *args, **kwargs)
+def _check_weights(given: Dict[str, Any]) -> None:
+    """Ask of what `_load_pretrained_model` is about to read whether it fits, if the model or the weights have a fuser.
+    Other models than LLaVA's may leave a projector out, as they do without a fuser."""
+    model, path, files = given["model"], given["pretrained_model_name_or_path"], given["resolved_archive_file"]
+    config = vars(model.config)
+    if not hasattr(model, "get_vision_tower"):
+        return
+    if config.get("mm_projector_type") != PROJECTOR_TYPE and not has_fuser(given["loaded_keys"]):
+        return
+    try:
+        if config.get("mm_vision_tower") is None and has_fuser(given["loaded_keys"]):
+            raise ValueError("config.json has no mm_vision_tower, but the weights hold a fuser; write it there")
+        projector = next((module for module in model.modules() if isinstance(module, MMFuserProjector)), None)
+        shapes = None if projector is None else projector.shapes()
+        files = [files] if isinstance(files, str) else files or []
+        check_weights(config, shapes, given["loaded_keys"], files, given["state_dict"])
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}; `python -m llava_mmfuser inspect` shows what is there") from error
 
 
 def _parse_arguments(original, self, *args, **kwargs):
     parsed = original(self, *args, **kwargs)
     model_args = next((part for part in parsed if hasattr(part, "mm_projector_type")), None)
     training_args = next((part for part in parsed if hasattr(part, "output_dir")), None)
-    if getattr(model_args, "mm_projector_type", None) == PROJECTOR_TYPE and training_args is not None:
-        setattr(model_args, SEED, training_args.seed)
-        if getattr(training_args, "freeze_mm_mlp_adapter", False) and not _brings_fuser(model_args):
-            raise ValueError(f"freeze_mm_mlp_adapter=True, but {trainer.UNTRAINED}")
+    if model_args is not None and training_args is not None:
+        _check_run(model_args, training_args)
+        if model_args.mm_projector_type == PROJECTOR_TYPE:
+            setattr(model_args, SEED, training_args.seed)
     return parsed
+
+
+def _parser_init(original, self, dataclass_types, *args, **kwargs):
+    single = dataclasses.is_dataclass(dataclass_types)
+    extended = [_with_flags(kind) for kind in ([dataclass_types] if single else dataclass_types)]
+    original(self, extended[0] if single else extended, *args, **kwargs)
 
 
 def _load_llava(original, model_path, model_base, model_name, *args, **kwargs):
@@ -232,7 +266,7 @@ _MODEL_PATCHES = (
         "transformers.modeling_utils:PreTrainedModel._load_pretrained_model",
         _load_pretrained_weights,
         ("model", "state_dict", "loaded_keys", "resolved_archive_file", "pretrained_model_name_or_path"),
-        "says where the fuser's weights came from",
+        "weights must fit config.json; says where the fuser's came from",
     ),
     Patch(
         "transformers.hf_argparser:HfArgumentParser.__init__",
@@ -244,7 +278,7 @@ _MODEL_PATCHES = (
         "transformers.hf_argparser:HfArgumentParser.parse_args_into_dataclasses",
         _parse_arguments,
         ("self", "args"),
-        "the run's seed for a fresh fuser, which may not be frozen",
+        "the run's seed for a fresh fuser; the checkpoints that a run starts from and resumes must fit its flags",
     ),
     Patch(
         "transformers.models.clip.modeling_clip:CLIPEncoderLayer.forward",
@@ -400,7 +434,10 @@ def _resolve(args: Any, vision_tower: str) -> MMFuserConfig:
     if select_feature not in SELECT_FEATURES:
         allowed = " or ".join(SELECT_FEATURES)
         raise ValueError(f"mm_vision_select_feature={select_feature!r} is not allowed; use {allowed}")
-    return MMFuserConfig.from_llava(args).resolve(vision_config, layers_setting(args))
+    settings = MMFuserConfig.from_llava(args).resolve(vision_config, layers_setting(args))
+    if hasattr(args, "mm_hidden_size"):  # of a checkpoint
+        check_tower(args, vision_config)
+    return settings
 
 
 @functools.lru_cache(maxsize=None)
@@ -437,14 +474,15 @@ def _brings_fuser(arguments: Any) -> bool:
 def _refuse_layer_list(args: Any) -> None:
     if is_authors_config(args):
         raise ValueError(
-            f"mm_vision_select_layer={list(args.mm_vision_select_layer)} is a list, which needs "
+            f"mm_vision_select_layer={spell(args.mm_vision_select_layer)} is a list, which needs "
             f"mm_projector_type={PROJECTOR_TYPE}, but it is {getattr(args, 'mm_projector_type', None)!r}; in a "
             f"config.json this means {convert_hint(getattr(args, '_name_or_path', None) or 'IN')}"
         )
 
 
 def _check_checkpoint(model_path: str, model_base: Optional[str], model_name: str) -> None:
-    """Refuse what `load_pretrained_model` would load silently wrong: the authors' format, adapters that do not fit."""
+    """Refuse what `load_pretrained_model` would load silently wrong: the authors' format, adapters that do not fit,
+    and a fuser in a folder of which it would not read it, going by the arguments and the name."""
     from transformers.utils import cached_file
 
     def find(name: str) -> Optional[str]:
@@ -454,25 +492,137 @@ def _check_checkpoint(model_path: str, model_base: Optional[str], model_name: st
 
     file = find("config.json")
     config = read_config(os.path.dirname(file)) if file else None
-    if config and is_authors_config(config):
-        _refuse_layer_list(SimpleNamespace(**{**config, "_name_or_path": model_path}))
-    if not config or config.get("mm_projector_type") != PROJECTOR_TYPE or model_base is None:
+    if config is None:
         return
-    is_lora = "lora" in model_name.lower()
+    if is_authors_config(config):
+        _refuse_layer_list(SimpleNamespace(**{**config, "_name_or_path": model_path}))
+    is_lora, fused = "lora" in model_name.lower(), config.get("mm_projector_type") == PROJECTOR_TYPE
+    if fused:
+        _check_place(model_path, model_base, model_name, config)
+    if model_base is None or "llava" not in model_name.lower():
+        return
     adapter = find("non_lora_trainables.bin" if is_lora else "mm_projector.bin")
-    if adapter is not None:
+    if adapter is None:
+        return
+    if fused:
         settings = MMFuserConfig.from_llava(config)
         matching_adapter(adapter, settings, projector_shapes(config, settings), optional=is_lora)
+        return
+    weights = {}
+    with contextlib.suppress(ValueError):  # what cannot be read with weights_only is left to LLaVA
+        weights = projector_weights(read_weights(*os.path.split(adapter)))
+    if any(name.startswith("fuser.") for name in weights):
+        raise ValueError(f"{adapter}: {misfit(config, weights)}")
 
 
-def _kept_settings(model: Any, model_args: Any) -> MMFuserConfig:
+def _check_place(path: str, base: Optional[str], name: str, config: Dict[str, Any]) -> None:
+    """Of a checkpoint with fuser: that LLaVA will read it as what it is."""
+    kind = folder_kind(path) if os.path.isdir(path) else None
+    if kind is not None and kind != FULL and base is None:
+        raise ValueError(
+            f"{path} is {kind}, without model_base its fuser is not read; pass model_base, the model it was trained on"
+            + ("" if kind != MIXED else ", or move adapter_config.json away to load the full checkpoint beside it")
+        )
+    if kind == FULL and base is not None and not os.path.isfile(os.path.join(path, trainer.ADAPTER)):
+        raise ValueError(f"{path} is {kind}, but model_base={base!r} was given; pass model_base=None")
+    problem = name_problem(name, kind or FULL, config)
+    if problem is None:
+        return
+    if base is not None or "mpt" in name.lower():
+        raise ValueError(f"{path}: {problem}, else its fuser is not read")
+    logger.warning("%s: %s, else LLaVA loads no vision tower and returns no image_processor", path, problem)
+
+
+def _check_run(model_args: Any, training_args: Any) -> None:
+    """Refuse what train.py would find out after it has read the model, or never: other settings than those of the
+    checkpoint that a run starts from, or of the one in output_dir from which it resumes by itself.
+
+    Raises:
+        ValueError: with both settings and what to do.
+    """
+    path = model_args.model_name_or_path
+    start = _config_at(path)
+    wanted, kept = model_args.mm_projector_type == PROJECTOR_TYPE, start.get("mm_projector_type") == PROJECTOR_TYPE
+    if kept:
+        if os.path.isdir(path) and folder_kind(path) != FULL:
+            raise ValueError(
+                f"model_name_or_path={path} is {folder_kind(path)}, and train.py reads no fuser from it; "
+                f"LoRA has to be merged first, and an adapter goes to --pretrain_mm_mlp_adapter"
+            )
+        if model_args.vision_tower is None:
+            raise ValueError(
+                f"model_name_or_path={path} has a fuser, but without --vision_tower train.py leaves it and the MLP "
+                f"out; add --vision_tower {start.get('mm_vision_tower')}"
+            )
+        if not wanted:
+            raise ValueError(_other_type(model_args))
+    if model_args.vision_tower is None:
+        return
+    settings = tower = None
+    if wanted:
+        tower = tower_config(start.get("mm_vision_tower") or model_args.vision_tower)
+        if kept:
+            settings = _kept_settings(start, tower, model_args)
+        else:
+            settings = MMFuserConfig.from_llava(model_args).resolve(tower, layers_setting(model_args))
+            if start.get("mm_vision_tower") is not None:
+                settings = _existing_projector_settings(start, model_args, settings)
+        if getattr(training_args, "freeze_mm_mlp_adapter", False) and not _brings_fuser(model_args):
+            raise ValueError(f"freeze_mm_mlp_adapter=True, but {trainer.UNTRAINED}")
+    _check_output_dir(model_args, training_args, settings, tower)
+
+
+def _config_at(path: str) -> Dict[str, Any]:
+    """config.json of a folder or of a name on the hub that is in the cache; empty where there is none."""
+    from transformers.utils import cached_file
+
+    with contextlib.suppress(OSError):
+        return read_config(os.path.dirname(cached_file(path, "config.json", local_files_only=True))) or {}
+    return {}
+
+
+def _check_output_dir(model_args: Any, training_args: Any, settings: Optional[MMFuserConfig], tower: Any) -> None:
+    """Refuse a checkpoint in output_dir that this run cannot resume. `settings` is None for a run without fuser."""
+    from transformers.trainer_utils import get_last_checkpoint
+
+    folder = training_args.output_dir
+    last = get_last_checkpoint(folder) if os.path.isdir(folder) else None
+    config = read_config(last) if last else None
+    lora = bool(last) and os.path.isfile(os.path.join(last, "adapter_config.json"))
+    fused = config is not None and config.get("mm_projector_type") == PROJECTOR_TYPE
+    if (config is None and not lora) or (settings is None and not fused):
+        return
+    config = config or {"mm_projector_type": "one without a fuser"}  # plain LLaVA's checkpoints with LoRA have none
+    names = ("mm_projector_type", "tune_mm_mlp_adapter")
+    was = {**{name: config.get(name) for name in names}, "lora_enable": lora}
+    now = {**{name: getattr(model_args, name) for name in names}, "lora_enable": training_args.lora_enable}
+    if fused and settings is not None:
+        before = MMFuserConfig.from_llava(config).resolve(tower)
+        name = settings.difference(before)
+        if name is not None:
+            was[FLAG_PREFIX + name], now[FLAG_PREFIX + name] = getattr(before, name), getattr(settings, name)
+    setting = next((name for name in was if was[name] != now[name]), None)
+    if setting is not None:
+        raise ValueError(
+            f"output_dir={folder}: {last}, from which train.py resumes by itself, was trained with "
+            f"{setting}={spell(was[setting])}, but this run has {spell(now[setting])}; choose another output_dir, move "
+            f"its checkpoint-* away, or resume with the flags of the interrupted run"
+        )
+
+
+def _other_type(model_args: Any) -> str:
+    return (
+        f"mm_projector_type={model_args.mm_projector_type!r}, but the checkpoint has a fuser "
+        f"(mm_projector_type={PROJECTOR_TYPE!r} in its config.json); write --mm_projector_type {PROJECTOR_TYPE}"
+    )
+
+
+def _kept_settings(config: Any, vision_config: Any, model_args: Any) -> MMFuserConfig:
     """The checkpoint's own settings; the script may repeat them, not change them."""
-    kept = MMFuserConfig.from_llava(model.config).resolve(model.get_vision_tower().config)
+    kept = MMFuserConfig.from_llava(config).resolve(vision_config)
     given = explicit_settings(model_args)
     if "layers" in given:
-        given["layers"] = resolve_layers(
-            given["layers"], model.get_vision_tower().config.num_hidden_layers, layers_setting(model_args)
-        )
+        given["layers"] = resolve_layers(given["layers"], vision_config.num_hidden_layers, layers_setting(model_args))
     for name, value in given.items():
         if value != getattr(kept, name):
             raise ValueError(
@@ -493,7 +643,7 @@ def _check_trainer(model_args: Any) -> None:
 
 
 def _existing_projector_settings(config: Any, model_args: Any, settings: MMFuserConfig) -> MMFuserConfig:
-    existing = getattr(config, "mm_projector_type", "linear")
+    existing = read_setting(config, "mm_projector_type") or "linear"
     if getattr(model_args, "mm_fuser_projector", None) not in (None, existing):
         raise ValueError(
             f"mm_fuser_projector={model_args.mm_fuser_projector!r}, but the checkpoint's projector is "

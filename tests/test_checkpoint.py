@@ -206,6 +206,7 @@ def test_model_base_with_a_misfitting_adapter_is_refused_before_the_language_mod
     with pytest.raises(ValueError, match="does not fit this model's projector: missing fuser.cross_gate.scale"):
         builder.load_pretrained_model(str(tmp_path), str(world / "llama"), "llava", device="cpu")
     written(tmp_path, {name: value for name, value in state.items() if name != "0.bias"}, "non_lora_trainables.bin")
+    (tmp_path / "adapter_config.json").write_text("{}")
     with pytest.raises(ValueError, match="missing 0.bias"):
         builder.load_pretrained_model(str(tmp_path), str(world / "llama"), "llava-lora", device="cpu")
 

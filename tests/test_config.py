@@ -1,3 +1,4 @@
+import contextlib
 import sys
 from types import SimpleNamespace
 
@@ -5,7 +6,7 @@ import pytest
 
 from llava_mmfuser import MMFuserConfig
 from llava_mmfuser import __main__ as command_line
-from llava_mmfuser.config import parse_layers, parse_listed_layers, resolve_layers, spell
+from llava_mmfuser.config import check_order, parse_layers, parse_listed_layers, resolve_layers, spell
 
 VIT_L = SimpleNamespace(num_hidden_layers=24, hidden_size=1024)
 
@@ -54,7 +55,9 @@ def test_uniform_default(depth, query, layers):
         (-26, "layer -26 does not exist"),
         ((3, 3, 23), "names a layer twice"),
         ((-2, 23), "names a layer twice"),
-        ((23, 3), "not in order .* the query layer last: 3,23"),
+        ((23, 3), "23,3 is not in order; write shallow to deep, the query layer last: 3,23"),
+        ((-2, -7, -12), r"not in order \(as indices: 23,18,13\); .* the query layer last: -12,-7,-2"),
+        ((-2, 3), r"not in order \(as indices: 23,3\); .* the query layer last: 3,-2"),
         (2, "no uniform set of layers below"),
     ],
 )
@@ -102,6 +105,20 @@ def test_settings_that_are_not_allowed_are_named(settings, message):
 def test_heads_are_checked_against_the_tower():
     with pytest.raises(ValueError, match="mm_fuser_num_heads=12 does not divide the feature width 1024"):
         MMFuserConfig(num_heads=12).resolve(VIT_L)
+
+
+@pytest.mark.parametrize(
+    "layers,message",
+    [
+        ((-2, -7, -12), "-2,-7,-12 is not in order; write shallow to deep, the query layer last: -12,-7,-2"),
+        ((8, 3, -2), "8,3,-2 is not in order; .* last: 3,8,-2"),
+        ((-7, -7, -2), "-7,-7,-2 names a layer twice; every"),
+        ((-7, 3, -2, 23), None),
+    ],
+)
+def test_order_is_judged_without_a_tower_as_far_as_it_can_be_known(layers, message):
+    with pytest.raises(ValueError, match=message) if message else contextlib.nullcontext():
+        check_order(layers, None, "mm_fuser_layers")
 
 
 def test_settings_round_trip_through_a_llava_config():
@@ -211,7 +228,7 @@ def test_command_shows_the_sets_of_any_depth():
         (["layers", "9" * 5000], "is not allowed; use a whole number from 1 to 1000"),
         (["layers", "\N{SUPERSCRIPT TWO}"], "cannot be read"),
         (["inspect", "/dev/zero"], "/dev/zero is neither a file nor a folder"),
-        (["inspect", "FOLDER"], "nested too deep"),
+        (["inspect", "FOLDER"], "is not JSON"),
         (["run", "/"], "cannot be run as a script or as a module"),
     ],
 )

@@ -16,6 +16,7 @@ import host
 import pytest
 import torch
 from llava.model import LlavaLlamaForCausalLM
+from llava.model.builder import load_pretrained_model
 from safetensors.torch import load_file, save_file
 from test_llava import IMAGES, model_with
 
@@ -204,6 +205,26 @@ def test_theirs_becomes_ours_and_back_without_changing_a_byte(made, tmp_path, cl
     for index in theirs.glob("*.index.json"):
         assert json.loads((tmp_path / "back" / index.name).read_text()) == json.loads(index.read_text())
     assert fingerprint(made) == before and sorted(p.name for p in tmp_path.iterdir()) == ["back", "out"]
+
+
+@pytest.mark.parametrize("layout", ["single safetensors", "adapter"])
+def test_layers_may_be_spelled_in_config_json_as_on_the_command_line(take, made, tmp_path, cli, layout):
+    convert(str(made / f"theirs {layout}"), str(tmp_path / "listed"))
+    change_config(tmp_path / "listed")
+    for number, spelling in enumerate(("list-8/-6/-5/-3/-2", "-8,-6,-5,-3,-2", "[-8 -6 -5 -3 -2]")):
+        source, out = take("theirs", layout, f"in-{number}"), tmp_path / f"out-{number}"
+        change_config(source, mm_vision_select_layer=spelling)
+        code, text, _ = cli("inspect", source)
+        assert code == 1 and "layers: -8,-6,-5,-3,-2\n" in text and f"mmfuser convert {source}" in text
+        with pytest.raises(ValueError, match=f"layer=.* is a list, which needs .* llava_mmfuser convert {source}"):
+            if layout == "adapter":
+                load_pretrained_model(str(source), "base", "llava")
+            else:
+                LlavaLlamaForCausalLM.from_pretrained(source)
+        assert cli("convert", source, out)[0] == 0
+        assert config_of(out) == config_of(tmp_path / "listed") and same(read(out), read(tmp_path / "listed"))
+    change_config(source, mm_vision_select_layer="list-2/-3/-4/-5/-6", mm_vision_tower="/no")
+    fails(cli, source, tmp_path / "out", ["convert"], "-2,-3,-4,-5,-6 is not in order; .* last: -6,-5,-4,-3,-2")
 
 
 def test_projector_in_several_shards_was_really_tested(made):
@@ -811,7 +832,7 @@ def test_inspect_tells_what_is_there(made, cli, kind, layout):
             code == 1 and f"python -m llava_mmfuser convert {folder}" in verdict and verdict.startswith("loads: no, ")
         )
     else:
-        assert code == 0 and verdict == "loads: yes", verdict
+        assert code == 0 and verdict == "loads: yes, under such a name", verdict
     assert any(
         line.startswith("type: ") and {"adapter": "adapter", "lora": "LoRA"}.get(layout, "full") in line
         for line in lines
@@ -849,7 +870,7 @@ def test_inspect_says_why_a_checkpoint_does_not_load(take, cli, layout, damage, 
         (lambda f: change_config(f, mm_fuser_layers=[3, 9]), "layer 9 does not exist"),
         (lambda f: change_config(f, mm_fuser_layers=[3, 7]), "sampling_offsets.weight is"),
         (lambda f: change_config(f, mm_fuser_num_heads=5), "mm_fuser_num_heads=5 does not divide"),
-        (lambda f: change_config(f, mm_projector_type="mlp2x_gelu"), "unexpected|has a fuser, but"),
+        (lambda f: change_config(f, mm_projector_type="mlp2x_gelu"), "but the weights hold a fuser"),
         (lambda f: edit_weights(f / "model.safetensors", without("cross_gate")), "missing fuser.cross_gate.scale"),
         (
             lambda f: save_file(load_file(f / "model.safetensors"), f / "model.safetensors"),

@@ -1,6 +1,7 @@
 """Run by test_training: a fuser made, loaded without weights and stepped under ZeRO-3 (one rank, CPU)."""
 
 import sys
+import tempfile
 
 import deepspeed
 import deepspeed_cpu  # noqa: F401  the CPU work-arounds
@@ -15,7 +16,6 @@ settings = {
     "train_micro_batch_size_per_gpu": 1,
     "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0},
 }
-keep = HfDeepSpeedConfig(settings)
 deepspeed.init_distributed("gloo")
 config = LlavaConfig.from_pretrained(world + "/llama")
 config.update(
@@ -27,6 +27,20 @@ config.update(
         mm_fuser_layers=[3, 4, 5, 6, 7],
     )
 )
+with tempfile.TemporaryDirectory() as folder:
+    LlavaLlamaForCausalLM(config).save_pretrained(folder)
+    keep = HfDeepSpeedConfig(settings)
+    LlavaLlamaForCausalLM.from_pretrained(folder)
+    for changes in (dict(mm_fuser_num_points=2), dict(mm_projector_type="mlp2x_gelu")):
+        edited = LlavaConfig.from_pretrained(folder)
+        edited.update(changes)
+        try:
+            LlavaLlamaForCausalLM.from_pretrained(folder, config=edited)
+        except ValueError as error:
+            assert "They fit" in str(error) or "the weights hold a fuser" in str(error), error
+        else:
+            raise AssertionError(changes)
+
 model = LlavaLlamaForCausalLM.from_pretrained(world + "/llama", config=config)
 fuser = model.get_model().mm_projector.fuser
 assert all(parameter.ds_numel and parameter.numel() == 0 for parameter in fuser.parameters()), "partitioned"
