@@ -595,7 +595,8 @@ def _check_output_dir(model_args: Any, training_args: Any, settings: Optional[MM
     config = config or {"mm_projector_type": "one without a fuser"}  # plain LLaVA's checkpoints with LoRA have none
     names = ("mm_projector_type", "tune_mm_mlp_adapter")
     was = {**{name: config.get(name) for name in names}, "lora_enable": lora}
-    now = {**{name: getattr(model_args, name) for name in names}, "lora_enable": training_args.lora_enable}
+    now = {name: getattr(model_args, name) for name in names}
+    now["lora_enable"] = training_args.lora_enable or lora  # a script of one's own may call PEFT without that flag
     if fused and settings is not None:
         before = MMFuserConfig.from_llava(config).resolve(tower)
         name = settings.difference(before)

@@ -275,9 +275,9 @@ def test_inspect_says_that_the_tower_is_absent(take, layout, tower):
 
 
 def test_exchanged_tower_is_refused(take, world, tmp_path, unread):
-    import tiny_llava
+    from toy import models
 
-    tiny_llava.make_clip(tmp_path / "deeper", num_hidden_layers=12)
+    models.make_clip(tmp_path / "deeper", num_hidden_layers=12)
     folder = take(mm_vision_tower=str(tmp_path / "deeper"))
     message = "mm_vision_select_layer=-2 do not end at the same layer of mm_vision_tower=.*deeper', which has 12 blocks"
     with pytest.raises(ValueError, match=message):
