@@ -246,9 +246,9 @@ def warn_if_shut(trainer: Any, lr: Optional[float], gates: Dict[str, float]) -> 
     left = state.max_steps - state.global_step
     if lr * left / 2 < REACH and trainer.is_world_process_zero():
         logger.warning(
-            "the fuser's cross gate is at %.2g after the warm-up, and a learning rate of %g moves it by at most %.2g "
-            "in the %d steps left, so that the fuser will change little; at least one over the number of steps is "
-            "recommended: --mm_fuser_lr %.0e",
+            "the fuser's cross gate is at %.2g after the warm-up, and a learning rate of %g moves it by %.2g at most "
+            "in the %d steps left, so that the fuser will change little; recommended is at least one over the number "
+            "of steps: --mm_fuser_lr %.0e",
             gates["mm_fuser_cross_gate"],
             lr,
             lr * left / 2,
