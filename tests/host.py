@@ -1,19 +1,26 @@
 """Runs LLaVA's unmodified train.py and loaders on tiny models, in subprocesses, as a user would."""
 
+import contextlib
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
+import warm
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parent
 CONTROLS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "LLAVA_MMFUSER_DISABLE")
+OF_THE_TESTS = ("PYTEST_CURRENT_TEST", "KMP_DUPLICATE_LIB_OK", "KMP_INIT_AT_FORK")  # set by pytest and by scikit-learn
 
 
 def environment(**extra):
-    """This process's environment without launcher variables, offline, one thread, plus `extra` (None removes)."""
-    env = {key: value for key, value in os.environ.items() if key not in CONTROLS}
+    """The environment that the tests were started in, without launcher variables, offline, one thread, plus `extra` (None removes)."""
+    env = {key: value for key, value in os.environ.items() if key not in CONTROLS + OF_THE_TESTS}
     env.update(
         HF_HUB_OFFLINE="1",
         TRANSFORMERS_OFFLINE="1",
@@ -27,20 +34,47 @@ def environment(**extra):
     return env
 
 
-def run(command, check=True, env=None, cwd=None, timeout=600):
-    """Run a command; on failure show its last output."""
-    done = subprocess.run(
-        [str(part) for part in command],
-        env=env or environment(),
+USUAL = environment()
+
+
+def start(command, stdout, env=None, cwd=None):
+    """Start a command in a session of its own; `stop` it. A fork of a warm interpreter where that is the same."""
+    command, env = [str(part) for part in command], env or environment()
+    if warm.runs(command, env, USUAL):
+        return warm.Process(command, env, cwd, stdout)
+    return subprocess.Popen(
+        command,
+        env=env,
         cwd=cwd,
-        text=True,
         stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
+        stdout=stdout,
         stderr=subprocess.STDOUT,
-        timeout=timeout,
+        start_new_session=True,
     )
-    if check and done.returncode:
-        raise AssertionError(f"{' '.join(map(str, command))}\nexit {done.returncode}\n{done.stdout[-6000:]}")
+
+
+def stop(process):
+    """SIGKILL what is left of a process that was started, and of what it started."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+def run(command, check=True, env=None, cwd=None, timeout=600):
+    """Run a command; on failure show its last output. Nothing that it started outlives it."""
+    with tempfile.TemporaryFile("w+", errors="replace") as output:
+        process = start(command, output, env, cwd)
+        try:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(timeout)
+            late = process.poll() is None
+        finally:
+            stop(process)
+        output.seek(0)
+        done = subprocess.CompletedProcess(command, process.returncode, output.read())
+    if late or (check and done.returncode):
+        reason = f"not done after {timeout} s" if late else f"exit {done.returncode}"
+        raise AssertionError(f"{' '.join(map(str, command))}\n{reason}\n{done.stdout[-6000:]}")
     return done
 
 
@@ -115,13 +149,17 @@ def zero(folder, stage):
     return file
 
 
-def deepspeed_command(world, output, configuration, stage="pretrain", **options):
-    """DeepSpeed's launcher with two ranks on the CPU, and its environment."""
+def deepspeed_command(world, output, configuration, stage="pretrain", launcher=None, **options):
+    """Two ranks on the CPU, and their environment; `launcher` is what starts them (default: forks, see ranks.py)."""
     options.setdefault("use_cpu", None)  # with --use_cpu, accelerate does not use DeepSpeed at all
-    launcher = [Path(sys.executable).with_name("deepspeed"), "--num_gpus", "2", "--master_port", free_port()]
     arguments = train_arguments(world, output, stage, deepspeed=configuration, **options)
-    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
-    return launcher + [ROOT / "tests" / "deepspeed_cpu.py"] + arguments, environment(DS_ACCELERATOR="cpu", PATH=path)
+    command = (launcher or [sys.executable, HERE / "ranks.py", "2"]) + [HERE / "deepspeed_cpu.py"] + arguments
+    return command, environment(DS_ACCELERATOR="cpu")
+
+
+def deepspeed_launcher():
+    """DeepSpeed's own launcher, which starts each rank afresh, with two ranks."""
+    return [Path(sys.executable).with_name("deepspeed"), "--num_gpus", "2", "--master_port", free_port()]
 
 
 def deepspeed(world, output, configuration, stage="pretrain", env=None, **options):
@@ -141,5 +179,5 @@ def losses(output):
 
 
 def python(code, env=None, check=True):
-    """Run Python code in a fresh interpreter and return what it printed last."""
+    """Run Python code in an interpreter of its own and return what it printed last."""
     return run([sys.executable, "-c", code], env=env, check=check)

@@ -355,9 +355,11 @@ def test_loading_gives_what_was_saved(starts, checkpoint, fuser_log, start, rout
 def test_quantised_loading_leaves_the_fuser_alone(starts, checkpoint, tmp_path, start, route):
     folder = checkpoint(start, route)
     code = """
-import sys, torch, quantised, bitsandbytes as bnb
+import sys, torch, bitsandbytes as bnb
+folder, bits, result, released, here = sys.argv[1:]
+sys.path.insert(0, here)
+import quantised
 from llava.model.builder import load_pretrained_model
-folder, bits, result, released = sys.argv[1:]
 load = lambda folder: load_pretrained_model(folder, None, "llava", device="cpu", **{f"load_{bits}bit": True})[1].eval()
 quant = load(folder)
 kind = bnb.nn.Linear4bit if bits == "4" else bnb.nn.Linear8bitLt
@@ -374,9 +376,8 @@ with torch.inference_mode():
                 "plain": load(released)(ids, images=images).logits if released else None,
                 "fuser": projector.fuser.state_dict()}, result)
 """
-    env = host.environment(PYTHONPATH=str(HERE))
     released = starts[start] if start == "released full" else ""
-    host.run([sys.executable, "-c", code, folder, route[0], tmp_path / "quant.pt", released], env=env)
+    host.run([sys.executable, "-c", code, folder, route[0], tmp_path / "quant.pt", released, HERE])
     quant = torch.load(tmp_path / "quant.pt")
     _, model, _, _ = load(folder)
     fuser = model.get_model().mm_projector.fuser

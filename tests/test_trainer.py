@@ -2,8 +2,6 @@
 
 import json
 import os
-import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -252,15 +250,12 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 def kill_after(step, output, command, env):
     """Start a run and SIGKILL all of its processes once the checkpoint of a step is complete."""
     with open(output.with_suffix(".log"), "w") as log:
-        process = subprocess.Popen(
-            list(map(str, command)), env=env, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
-        )
+        process = host.start(command, log, env)
         deadline = time.time() + 300
         while step not in resumable(output) and process.poll() is None and time.time() < deadline:
             time.sleep(0.01)
         assert process.poll() is None, output.with_suffix(".log").read_text()[-3000:]
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+        host.stop(process)
     assert not (output / "trainer_state.json").exists(), "killed in the middle of the epoch"
 
 

@@ -133,8 +133,10 @@ def test_logits_after_reload_equal_those_before_saving(world, folder, pretrained
 
 
 def launch(world, output, kind, stage="pretrain", **options):
+    """By the real launchers, each rank a fresh process; elsewhere ranks are forked."""
     if kind == "torchrun":
         return host.train(world, output, stage, launcher=TORCHRUN + [host.free_port()], ddp_backend="gloo", **options)
+    options.update(launcher=host.deepspeed_launcher())
     return host.deepspeed(world, output, host.zero(output.parent, int(kind[-1])), stage, **options)
 
 
