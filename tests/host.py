@@ -21,7 +21,7 @@ OF_THE_TESTS = ("PYTEST_CURRENT_TEST", "KMP_DUPLICATE_LIB_OK", "KMP_INIT_AT_FORK
 def environment(**extra):
     """The environment that the tests were started in, without launcher variables, offline, one thread, plus `extra`.
 
-    A value of None in `extra` removes a variable.
+    None in `extra` leaves a variable as it is.
     """
     env = {key: value for key, value in os.environ.items() if key not in CONTROLS + OF_THE_TESTS}
     env.update(
