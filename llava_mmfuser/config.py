@@ -404,8 +404,8 @@ def check_tower(config: Any, vision_config: Any) -> None:
     """Refuse a config.json (dict or object) of a LLaVA with fuser whose vision tower is not the one it describes.
 
     Raises:
-        ValueError: ``mm_hidden_size`` is not the tower's width, or ``mm_vision_select_layer`` is another layer of this
-            tower than the last of ``mm_fuser_layers``, as after exchanging the tower or editing one of the two.
+        ValueError: ``mm_hidden_size`` is not the tower's width; ``mm_vision_select_layer`` is absent, or another layer
+            of this tower than the last of ``mm_fuser_layers``, as after exchanging the tower or editing one of the two.
     """
     width = read_setting(config, "mm_hidden_size")
     name = read_setting(config, "mm_vision_tower")
@@ -415,7 +415,9 @@ def check_tower(config: Any, vision_config: Any) -> None:
             f"vision tower that the fuser was trained with"
         )
     listed, select_layer = read_setting(config, "mm_fuser_layers"), read_setting(config, "mm_vision_select_layer")
-    if listed is None or select_layer is None:
+    if select_layer is None:
+        raise ValueError("config.json has no mm_vision_select_layer, which LLaVA asks for; write the query layer there")
+    if listed is None:
         return
     blocks, query = vision_config.num_hidden_layers, parse_layers(select_layer)
     layers = resolve_layers(parse_listed_layers(listed, select_layer), blocks, "mm_fuser_layers")

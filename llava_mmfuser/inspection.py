@@ -11,6 +11,7 @@ import json
 import os
 import re
 import zipfile
+from types import SimpleNamespace
 from typing import Any, Dict, Iterable, Iterator, List, Mapping, NamedTuple, Optional, Sequence, Tuple
 
 import torch
@@ -48,6 +49,7 @@ from .config import (
     parse_layers,
     spell,
 )
+from .vision import SELECT_FEATURES
 
 _MODELS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 _ADAPTERS = ("mm_projector.bin", "non_lora_trainables.bin")
@@ -242,6 +244,20 @@ def tower_config(name: str, local_files_only: bool = False) -> Any:
         f"vision_tower={name!r} has model_type={kind!r}, but mm_projector_type={PROJECTOR_TYPE} needs a CLIP tower, "
         f"such as openai/clip-vit-large-patch14-336"
     )
+
+
+def check_features(source: Any) -> None:
+    """Refuse a config or `ModelArguments` under which the vision tower returns what a fuser cannot read.
+
+    Raises:
+        ValueError: ``s2``, or a ``mm_vision_select_feature`` other than `SELECT_FEATURES`.
+    """
+    if getattr(source, "s2", False):
+        raise ValueError(f"s2=True together with mm_projector_type={PROJECTOR_TYPE} is not supported; set s2 to False")
+    select_feature = getattr(source, "mm_vision_select_feature", SELECT_FEATURES[0])
+    if select_feature not in SELECT_FEATURES:
+        allowed = " or ".join(SELECT_FEATURES)
+        raise ValueError(f"mm_vision_select_feature={select_feature!r} is not allowed; use {allowed}")
 
 
 def projector_shapes(config: Mapping[str, Any], settings: MMFuserConfig) -> Shapes:
@@ -485,8 +501,10 @@ def _fit_lines(config: Mapping[str, Any], projectors: Mapping[str, Mapping[str, 
         has_weights = settings.fusion not in FUSIONS_WITHOUT_WEIGHTS
         if fused and has_weights and not any(name.startswith("fuser.") for name in weights):
             yield f"warning: {label} has no weights of the fuser, which starts as the identity"
-    if fused and tower is not None:
-        check_tower(config, tower)
+    if fused:
+        check_features(SimpleNamespace(**config))
+        if tower is not None:
+            check_tower(config, tower)
 
 
 def misfit(

@@ -43,6 +43,7 @@ from .config import (
 from .inspection import (
     FULL,
     MIXED,
+    check_features,
     check_weights,
     folder_kind,
     misfit,
@@ -56,7 +57,7 @@ from .ops import select_implementation
 from .patching import Patch, check_row, folder_of, replace, restore
 from .projector import MMFuserProjector
 from .resettable import Resettable, materialize, own_random_state, reset
-from .vision import SELECT_FEATURES, capture_layers, concat_layers
+from .vision import capture_layers, concat_layers
 
 logger = logging.getLogger("llava_mmfuser")
 SEED = "mm_fuser_seed"  # of the run, on `ModelArguments`; no flag
@@ -427,13 +428,8 @@ def _refuse_mmfuser(reason: str) -> None:
 
 def _resolve(args: Any, vision_tower: str) -> MMFuserConfig:
     """The settings in `args`, checked against the tower's config, which is read without its weights."""
-    if getattr(args, "s2", False):
-        raise ValueError(f"s2=True together with mm_projector_type={PROJECTOR_TYPE} is not supported; set s2 to False")
+    check_features(args)
     vision_config = tower_config(vision_tower)
-    select_feature = getattr(args, "mm_vision_select_feature", SELECT_FEATURES[0])
-    if select_feature not in SELECT_FEATURES:
-        allowed = " or ".join(SELECT_FEATURES)
-        raise ValueError(f"mm_vision_select_feature={select_feature!r} is not allowed; use {allowed}")
     settings = MMFuserConfig.from_llava(args).resolve(vision_config, layers_setting(args))
     if hasattr(args, "mm_hidden_size"):  # of a checkpoint
         check_tower(args, vision_config)

@@ -93,6 +93,9 @@ EDITS = [
     (dict(mm_vision_tower=None), "no mm_vision_tower, but the weights hold a fuser"),
     (dict(mm_hidden_size=32), "mm_hidden_size=32, but mm_vision_tower=.* has width 64"),
     (dict(mm_vision_select_layer=-1), "mm_fuser_layers=3,4,5,6,7 and mm_vision_select_layer=-1 do not end at the same"),
+    (dict(mm_vision_select_layer=None), "config.json has no mm_vision_select_layer, which LLaVA asks for"),
+    (dict(mm_vision_select_feature="cls"), "mm_vision_select_feature='cls' is not allowed; use patch or cls_patch"),
+    (dict(s2=True), "s2=True together with mm_projector_type=mmfuser is not supported"),
     (dict(mm_fuser_layers=[2, 3, 4, 5, 6]), "2,3,4,5,6 and mm_vision_select_layer=-2 do not end at the same"),
 ]
 
