@@ -57,7 +57,7 @@ from .ops import select_implementation
 from .patching import Patch, check_row, folder_of, replace, restore
 from .projector import MMFuserProjector
 from .resettable import Resettable, materialize, own_random_state, reset
-from .vision import capture_layers, concat_layers
+from .vision import return_layers
 
 logger = logging.getLogger("llava_mmfuser")
 SEED = "mm_fuser_seed"  # of the run, on `ModelArguments`; no flag
@@ -67,24 +67,10 @@ def _tower_init(original, self, vision_tower, args, delay_load=False):
     if getattr(args, "mm_projector_type", None) != PROJECTOR_TYPE:
         _refuse_layer_list(args)
         return original(self, vision_tower, args, delay_load=delay_load)
+    _refuse_s2(self)
     settings = _resolve(args, vision_tower)
     original(self, vision_tower, args, delay_load=delay_load)
-    self.select_layer = list(settings.layers)
-
-
-def _tower_feature_select(original, self, image_forward_outs):
-    if not isinstance(self.select_layer, list):
-        return original(self, image_forward_outs)
-    return concat_layers(image_forward_outs.hidden_states, self.select_layer, self.select_feature)
-
-
-def _tower_forward(original, self, images):
-    if not isinstance(self.select_layer, list):
-        return original(self, images)
-    if type(images) is list:
-        return [_tower_forward(original, self, image.unsqueeze(0)) for image in images]
-    pixel_values = images.to(device=self.device, dtype=self.dtype)
-    return capture_layers(self.vision_tower, pixel_values, self.select_layer, self.select_feature, images.dtype)
+    return_layers(self, settings.layers)
 
 
 def _build_vision_projector(original, config, delay_load=False, **kwargs):
@@ -229,15 +215,15 @@ _MODEL_PATCHES = (
     ),
     Patch(
         _CLIP_ENCODER + ".feature_select",
-        _tower_feature_select,
+        None,
         ("self", "image_forward_outs"),
-        "select_layer may be a list",
+        "not replaced, but a tower with a fuser gives it several layers",
     ),
     Patch(
         _CLIP_ENCODER + ".forward",
-        _tower_forward,
+        None,
         ("self", "images"),
-        "several layers in one pass that ends at the deepest of them",
+        "not replaced, but a tower with a fuser runs it with its own answer to `self.vision_tower(…)`",
     ),
     Patch(
         "llava.model.multimodal_projector.builder:build_vision_projector",
@@ -467,6 +453,12 @@ def _brings_fuser(arguments: Any) -> bool:
     return not os.path.isdir(path) or (read_config(path) or {}).get("mm_projector_type") == PROJECTOR_TYPE
 
 
+def _refuse_s2(tower: Any) -> None:
+    """Refuse a tower that returns several scales side by side: its features are wider by as much."""
+    if hasattr(tower, "forward_feature"):
+        raise ValueError(f"s2=True together with mm_projector_type={PROJECTOR_TYPE} is not supported; set s2 to False")
+
+
 def _refuse_layer_list(args: Any) -> None:
     if is_authors_config(args):
         raise ValueError(
@@ -650,10 +642,11 @@ def _existing_projector_settings(config: Any, model_args: Any, settings: MMFuser
 
 
 def _put_fuser_in_front(projector: Any, settings: MMFuserConfig, tower: Any) -> MMFuserProjector:
+    _refuse_s2(tower)
     fused = MMFuserProjector.build(settings, tower.hidden_size, projector)
     like = next(projector.parameters())
     fused.fuser.to(device=like.device, dtype=like.dtype if like.is_floating_point() else None)
-    tower.select_layer = list(settings.layers)
+    return_layers(tower, settings.layers)
     return fused
 
 
