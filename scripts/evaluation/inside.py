@@ -10,6 +10,7 @@ import json
 import os
 import platform
 import sys
+from inspect import signature
 from pathlib import Path
 from typing import Dict, List
 
@@ -62,15 +63,20 @@ def _version(name: str) -> str:
 
 
 def score() -> None:
-    """lmms-eval, whose --model llava knows neither a base model nor paths with '=' or ',' in them."""
+    """lmms-eval, whose --model llava knows neither a base model nor paths with '=' or ',' in them.
+
+    It first gives `multimodal`, which LLaVA-NeXT's loader takes and LLaVA's passes on to a TypeError, and loads again.
+    """
     import llava.model.builder  # its own error, where lmms-eval would go on without
     import lmms_eval.__main__
     import lmms_eval.models.simple.llava as host
 
     path, base, name = json.loads(os.environ["EVALUATE_MODEL"])
+    loader = llava.model.builder.load_pretrained_model
 
-    def load(*_, **options):
-        return llava.model.builder.load_pretrained_model(path, base, name, **options)
+    def load(*_, multimodal=None, **options):
+        named = {"multimodal": multimodal} if "multimodal" in signature(loader).parameters else {}
+        return loader(path, base, name, **named, **options)
 
     host.load_pretrained_model = load
     lmms_eval.__main__.cli_evaluate()

@@ -61,7 +61,7 @@ SUITES = {
         ["pope"],
         "pope_f1_score",
         paper=_paper((85.9, 86.3), (85.9, 87.5)),
-        differs="F1 over all questions, where only a bare 'yes' is one; the paper's is the mean of three F1, and LLaVA's "
+        differs="F1 over all questions, where only a bare 'yes' is one; the paper's is the mean of three, and LLaVA's "
         "script takes whatever says no 'no' for a yes",
     ),
     "mme": Suite("MME", ["mme"], "mme_perception_score", 1.0, paper=_paper((1510.7, 1479.7), (1531.3, 1585.2))),
