@@ -45,8 +45,6 @@ setup(
         "flash": ["flash-attn"],
         "triton": ["triton"],
         "visualize": ["matplotlib"],
-        # For scripts/evaluate.sh: what LLaVA's MMBench scripts import without naming it, and what RefCOCO needs.
-        "evaluate": ["pandas", "openpyxl", "pyarrow<21", "pycocoevalcap"],  # newer pyarrow wants numpy 2
         "dev": ["pytest", "ruff", "scikit-learn", "scikit-image", "matplotlib"],
     },
     cmdclass={"build_py": BuildPyWithHook},

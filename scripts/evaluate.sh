@@ -1,6 +1,6 @@
 #!/bin/bash
-# Evaluates a checkpoint on the paper's suites and prints one table beside the paper's row:
-#   bash scripts/evaluate.sh CKPT [SUITE …] [--data DIR] [--llava DIR] …        (--help: everything, --list: what suites need)
-# Run it in the environment of LLaVA, from its folder or with --llava. Set PYTHON to choose the interpreter.
+# Scores a checkpoint by lmms-eval and prints one table beside the paper's row, see docs/evaluation.md:
+#   bash scripts/evaluate.sh CKPT [SUITE or lmms-eval task …] [--against CKPT2] [--base BASE] [lmms-eval's flags …]
+# Run it with the Python that has LLaVA, the active one or PYTHON=…; nothing is installed there.
 set -euo pipefail
 exec "${PYTHON:-python}" "$(dirname "${BASH_SOURCE[0]}")/evaluation" "$@"

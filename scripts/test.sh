@@ -11,16 +11,13 @@ envs=${TEST_ENVS:-.test}
 python=${PYTHON:-python3}
 llava=llava-torch==1.2.2.post1
 common="transformers==4.37.2 tokenizers==0.15.1 numpy<2 sentencepiece einops pillow requests scikit-learn scikit-image
-        matplotlib pytest pytest-xdist setuptools<81 wheel shortuuid pandas openpyxl pyarrow<21 pycocoevalcap"
+        matplotlib pytest pytest-xdist setuptools<81 wheel shortuuid"
 new="torch==2.13.0 accelerate==0.34.2 peft<0.12 deepspeed==0.16.9 bitsandbytes==0.50.2 triton==3.6.0 ruff $common"
 pinned="torch==2.1.2 accelerate==0.21.0 peft==0.10.0 deepspeed==0.12.6 $common"
 
-packages=()
-command -v java >/dev/null || packages+=(default-jre-headless) # pycocoevalcap's tokenizer
-[ "$stack" = pinned ] || command -v numactl >/dev/null || packages+=(numactl) # DeepSpeed's launcher, on a CPU
-if [ ${#packages[@]} -gt 0 ] && command -v apt-get >/dev/null; then
-    echo "== ${packages[*]}"
-    (apt-get update -qq && apt-get install -qq -y "${packages[@]}") >/dev/null || echo "not installed; some tests may fail"
+if [ "$stack" != pinned ] && ! command -v numactl >/dev/null && command -v apt-get >/dev/null; then
+    echo "== numactl" # DeepSpeed's launcher, on a CPU
+    (apt-get update -qq && apt-get install -qq -y numactl) >/dev/null || echo "not installed; some tests may fail"
 fi
 
 prepare() { # name, requirements

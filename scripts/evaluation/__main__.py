@@ -1,197 +1,259 @@
-"""Evaluates a checkpoint on the paper's suites and prints one table beside the paper's row.
+"""Scores a checkpoint by lmms-eval and prints one table beside the paper's row.
 
-LLaVA's own twelve run through scripts/v1_5/eval of your LLaVA checkout; OCRBench, region captioning and referring
-expressions (REC), which LLaVA lacks, through this folder. GPUs are taken from CUDA_VISIBLE_DEVICES (default 0), one
-process each. Finished answers of the same checkpoint and settings that are newer than it are reused, which the table
-says; others are set aside (.old). An unfinished file is answered again.
-Exit code: 0 if every suite asked for has a score or an upload file, 1 if one is missing or failed, 2 for bad arguments.
+SUITE is one of those that --list prints, or any task, group or tag of lmms-eval. Suites stand right behind CKPT.
+What is done is kept below --output per checkpoint, flags and versions, and the same command goes on. Flags that are not
+named here go to lmms-eval as they are (--limit 100, --batch_size 8, --gen_kwargs …).
+Exit code: 0 if everything asked for has a score, 1 if something is missing or failed, 2 for bad arguments.
 """
 
 import argparse
-import contextlib
 import json
 import os
+import re
+import shutil
+import subprocess
 import sys
-import tempfile
-import traceback
 from pathlib import Path
-from typing import Dict, List, Optional
+from typing import Dict, List, NamedTuple, Optional, Tuple
 
-from claims import check, claim, locked
-from llava_scripts import prepare, run_script, unparsed
-from needs import missing, needs
-from processes import exit_on_signals
-from progress import answer, read, reused_note, why_not
-from settings import Settings, resolve
-from suites import SUITES, LlavaSuite, OwnSuite
-from table import table
+import harness
+from paired import difference
+from suites import SUITES, Suite
 
-HERE = Path(__file__).resolve().parent
+ROOT = Path(__file__).resolve().parent.parent.parent
+OURS = ("--model", "--tasks", "--output_path", "--config", "--log_samples")
+NO_DATA = (
+    "data set {data} could not be read: {reason}. Get it once with network and HF_TOKEN set; it is kept below HF_HOME "
+    "(here {home}), which you may copy, then with HF_DATASETS_OFFLINE=1; or give a task of your own that reads local "
+    "files, by --include_path DIR"
+)
+
+
+class Row(NamedTuple):
+    """What was asked: a suite, or a task of lmms-eval as a suite of its own."""
+
+    key: str
+    suite: Suite
 
 
 def main(argv: List[str]) -> int:
     parser = argparse.ArgumentParser(
-        prog="evaluate.sh", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="evaluate.sh",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
     parser.add_argument("checkpoint", metavar="CKPT", nargs="?", help="folder, or name on the hub")
-    parser.add_argument("suites", metavar="SUITE", nargs="*", help=f"default: all of {', '.join(SUITES)}")
-    parser.add_argument("--data", help="data folder (default: playground/data/eval of the LLaVA checkout)")
-    parser.add_argument("--llava", help="LLaVA checkout (default: this folder, or the installed one)")
-    parser.add_argument("--output", help="results and logs (default: DATA/results/NAME)")
-    parser.add_argument("--name", help="what to file the answers under (default: the checkpoint's name)")
-    parser.add_argument("--base", help="base model of an adapter or a LoRA (LLaVA's --model-base)")
-    parser.add_argument("--conv-mode", help="conversation template (default: what LLaVA's scripts say, vicuna_v1)")
+    parser.add_argument("suites", metavar="SUITE", nargs="*", help="default: the paper's fifteen")
+    parser.add_argument("--against", metavar="CKPT2", help="score this one, too, and show the paired difference")
+    parser.add_argument("--base", help="base model of what is only a part (adapter, LoRA): LLaVA's --model-base")
+    parser.add_argument("--output", type=Path, default=Path("scores"), help="folder for results (default: scores)")
     parser.add_argument("--size", choices=("7b", "13b"), help="the paper's row (default: 13b if CKPT says so, else 7b)")
     parser.add_argument(
-        "--box-scale",
-        default="1000",
-        choices=("100", "999", "1000", "pixels"),
-        help="what whole numbers in a box mean (default: 1000 parts of the side); fractions and percent need no word",
+        "--model_args", default="", help="further ones for lmms-eval, such as conv_template=llava_llama_2"
     )
-    parser.add_argument("--force", action="store_true", help="answer again what is finished")
-    parser.add_argument("--list", action="store_true", help="print every suite and what it needs")
-    options = parser.parse_intermixed_args(argv)
-
+    parser.add_argument("--include_path", help="folder with tasks of your own, as lmms-eval's")
+    parser.add_argument("--list", action="store_true", help="print the suites and their tasks")
+    options, flags = parser.parse_known_args(argv)
     if options.list:
-        print(listing(Path(options.data or "DATA")))
+        print(listing())
         return 0
-    if options.checkpoint is None:
-        parser.error("CKPT is missing")
-    unknown = [key for key in options.suites if key not in SUITES]
-    if unknown:
-        parser.error(f"unknown suite {', '.join(unknown)}; there are {', '.join(SUITES)}")
-    exit_on_signals()
-    with contextlib.ExitStack() as held:
-        try:
-            settings = resolve(options, Path(held.enter_context(tempfile.TemporaryDirectory(prefix="evaluate-"))))
-            lock = held.enter_context(locked(settings.data))
-            check(settings.data, settings.name, settings.checkpoint)
-        except ValueError as problem:
-            parser.error(str(problem))
-        return run(options, settings._replace(lock=lock))
-
-
-def run(options: argparse.Namespace, settings: Settings) -> int:
-    """Evaluate the suites asked for, write the results and print the table; return the exit code.
-
-    The table also has what earlier runs found for this checkpoint, unchanged since, with these settings.
-    """
-    scale = None if options.box_scale == "pixels" else float(options.box_scale)
-    settings.output.mkdir(parents=True, exist_ok=True)
-    prepare(settings.work, settings.llava, settings.data)
-    asked = options.suites or list(SUITES)
-    of = dict(settings.identity, changed=settings.changed)
-    for key in asked:
-        print(f"== {key} (log: {settings.output / key}.log)", flush=True)
-        result = dict(evaluate(key, settings, scale), of=of)
-        write(settings.output / f"{key}.json", json.dumps(result, indent=1))
-        print("\n".join(f"   {note}" for note in [result["status"], *result["notes"]]), flush=True)
-    files = [settings.output / f"{key}.json" for key in SUITES]
-    results = [json.loads(file.read_text(encoding="utf-8")) for file in files if file.is_file()]
-    results = [result for result in results if result.get("of") == of]  # earlier runs' too, but of this very checkpoint
-    size = options.size or ("13b" if "13b" in options.checkpoint.lower() else "7b")
-    text = table(results, settings.name, size)
-    write(settings.output / "results.txt", text + "\n")
-    everything = {"checkpoint": settings.checkpoint, "size": size, "suites": results}
-    write(settings.output / "results.json", json.dumps(everything, indent=1))
-    print(f"\n{text}\n\n{settings.output / 'results.json'}")
-    return 0 if all(result["status"] in ("scored", "upload") for result in results if result["suite"] in asked) else 1
-
-
-def evaluate(key: str, settings: Settings, scale: Optional[float]) -> Dict:
-    """Answer and score one suite. What goes wrong is in the result's `status` and `notes`; other suites go on."""
-    suite = SUITES[key]
-    log = settings.output / f"{key}.log"
-    result = {"suite": key, "title": suite.title, "notes": []}
+    harness.exit_on_signals()
     try:
-        lacks = missing(suite, settings.data)
-        if isinstance(suite, LlavaSuite):
-            script = settings.llava / "scripts" / "v1_5" / "eval" / suite.script
-            if not script.is_file():
-                lacks.insert(0, f"{script} is missing: give --llava a checkout of github.com/haotian-liu/LLaVA")
+        return evaluate(options, flags)
+    except ValueError as problem:
+        parser.exit(2, f"evaluate.sh: {problem}\n")
+
+
+def evaluate(options: argparse.Namespace, flags: List[str]) -> int:
+    if options.checkpoint is None:
+        raise ValueError("CKPT is missing; --help says more")
+    if flags and not flags[0].startswith("-"):
+        raise ValueError(f"{flags[0]} stands behind a flag; suites stand right behind CKPT")
+    for flag in flags:
+        if flag.split("=")[0] in OURS:
+            raise ValueError(f"{flag} is set here; name suites or tasks behind CKPT, and see --output and --model_args")
+    if options.include_path and not Path(options.include_path).is_dir():
+        raise ValueError(f"--include_path is {options.include_path}: no such folder")
+    models = [model(name, options.base) for name in (options.checkpoint, options.against) if name]
+    if options.base and all(one.base is None for one in models):
+        raise ValueError(f"--base is {options.base}, but {models[0].path} is a whole checkpoint; leave it out")
+    asked = list(dict.fromkeys(options.suites)) or [key for key, suite in SUITES.items() if suite.paper]
+
+    root = Path(os.environ.get("EVALUATE_ENV") or ROOT / ".evaluate")
+    python = harness.environment(root.expanduser().absolute())
+    tasks = [task for key in asked for task in (SUITES[key].tasks if key in SUITES else [key])]
+    about = harness.describe(python, tasks, options.include_path)
+    if about["unknown"]:
+        raise ValueError("\n".join(unknown(about, name) for name in about["unknown"]))
+    rows = [row for key in asked for row in rows_of(key, about)]
+
+    tasks_of_own = Path(options.include_path) if options.include_path else None
+    own = [harness.files(tasks_of_own, f"**/*.{end}") for end in ("yaml", "py")] if tasks_of_own else []
+    folders = []
+    for one in models:
+        mark = one.identity(flags, options.model_args, own, about["versions"])
+        folders.append(options.output / f"{one.name}-{mark}")
+    passed = [*flags, *(["--include_path", options.include_path] if options.include_path else [])]
+    results = []
+    for row in rows:
+        result = {"suite": row.key, "title": row.suite.title, "metric": row.suite.metric, "notes": []}
+        results.append(result)
+        lacks = [name for name in row.suite.needs if not (os.environ.get(name) or shutil.which(name))]
         if lacks:
-            return dict(result, status="missing", notes=lacks)
-        claim(key, settings.data, settings.name, settings.identity)
-        if isinstance(suite, LlavaSuite):
-            _llava_suite(suite, key, settings, log, result)
-        else:
-            _own_suite(suite, key, settings, log, result, scale)
-    except (ValueError, KeyError, OSError) as problem:  # failed commands, and data or answers that are not as expected
-        reason = f"no {problem} in some record" if isinstance(problem, KeyError) else problem
-        return dict(result, status="failed", notes=[f"{reason} (log: {log})" if log.is_file() else str(reason)])
-    except Exception as problem:  # a benchmark's scorer may raise anything
-        with open(log, "a") as output:
-            traceback.print_exc(file=output)
-        return dict(result, status="failed", notes=[f"{type(problem).__name__}: {problem} (log: {log})"])
-    result["notes"] += [f"{count} × {kind}" for kind, count in result["unparsed"].items() if count]
-    return result
+            result["notes"] += [_lack(name) for name in lacks]
+            continue
+        for one, folder in zip(models, folders):
+            for task in row.suite.tasks:
+                target = folder / task
+                if (target / "results.json").is_file():
+                    print(f"== {one.name}: {task}: kept from an earlier run, {target}", flush=True)
+                    continue
+                print(f"== {one.name}: {task} (log: {target}.log)", flush=True)
+                try:
+                    harness.score(python, one, task, target, about["gpus"], options.model_args, passed)
+                except ValueError as problem:
+                    reason, data = str(problem), about["tasks"][task]["data"]
+                    if reason.startswith("NO DATA: "):
+                        home = os.environ.get("HF_HOME", "~/.cache/huggingface")
+                        reason = NO_DATA.format(data=data, reason=reason[len("NO DATA: ") :], home=home)
+                    result["notes"].append(f"{one.name}: {task}: {reason}")
+                    print(f"   failed: {reason}", flush=True)
+        if not result["notes"]:
+            fill(result, row, folders)
+    size = options.size or ("13b" if "13b" in options.checkpoint.lower() else "7b")
+    text = table(rows, results, [one.name for one in models], size, about["versions"])
+    everything = {
+        "checkpoint": models[0]._asdict(),
+        "against": models[1]._asdict() if options.against else None,
+        "flags": [*passed, *filter(None, [options.model_args])],
+        "versions": about["versions"],
+        "suites": results,
+    }
+    for name, content in (("results.json", json.dumps(everything, indent=1)), ("results.txt", text + "\n")):
+        write(folders[0] / name, content)
+    print(f"\n{text}\n\n{folders[0] / 'results.json'}")
+    return int(any("score" not in result for result in results))
 
 
-def _llava_suite(suite: LlavaSuite, key: str, settings: Settings, log: Path, result: Dict) -> None:
-    output, result["notes"] = run_script(suite, key, settings, log)
-    result["unparsed"] = unparsed(suite, settings.data, settings.name)
-    if suite.score:
-        result.update(status="scored", score=suite.score(output))
+def model(given: str, base: Optional[str]) -> harness.Model:
+    """The checkpoint, looked at by `inspect`. Raises ValueError where it would not load."""
+    folder = Path(given).expanduser()
+    path = os.path.abspath(folder) if folder.is_dir() else given
+    kind = "full checkpoint"
+    if folder.is_dir():
+        command = [sys.executable, "-m", "llava_mmfuser", "inspect", path]
+        done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, universal_newlines=True)
+        kind = "".join(re.findall(r"^type: (.*)", done.stdout, re.MULTILINE))
+        if done.returncode:
+            raise ValueError(f"{given} would not load, says python -m llava_mmfuser inspect:\n{done.stdout.strip()}")
+    elif not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", given) or folder.parent.is_dir():
+        raise ValueError(f"CKPT is {given}: no such folder, and no name on the hub (owner/name); check the path")
+    part = not kind.startswith("full")
+    if part and not base:
+        raise ValueError(f"{given} is only a part ({kind}): give the model that it belongs to by --base")
+    *above, name = Path(path).parts
+    if name.startswith("checkpoint-") and above:
+        name = f"{above[-1]}_{name}"  # as LLaVA names it
+    wanted = ["llava"] + ["lora"] * ("lora" in kind.lower())
+    name = "-".join([word for word in wanted if word not in name.lower()] + [name])  # LLaVA goes by these words
+    return harness.Model(path, (os.path.abspath(base) if Path(base).is_dir() else base) if part else None, name)
+
+
+def rows_of(key: str, about: Dict) -> List[Row]:
+    if key in SUITES:
+        return [Row(key, SUITES[key])]
+    return [Row(task, Suite(task, [task], scale=1.0)) for task in about["members"][key]]
+
+
+def unknown(about: Dict, name: str) -> str:
+    near = about["unknown"][name]
+    return (
+        f"unknown suite or task {name}. Suites: {', '.join(SUITES)}. Close tasks of lmms-eval's {about['count']}: "
+        f"{', '.join(near) or 'none'}. Tasks of your own need --include_path DIR"
+    )
+
+
+def _lack(name: str) -> str:
+    if name.isupper():
+        return f"{name} is not set in the environment; a judge at OpenAI reads the answers"
+    return f"the program {name} is not on PATH: install it (Debian: default-jre-headless)"
+
+
+def fill(result: Dict, row: Row, folders: List[Path]) -> None:
+    """Scores and their paired difference, from what lmms-eval left in `folders`."""
+    tasks = row.suite.tasks
+    found = [[harness.results(folder / task, task) for task in tasks] for folder in folders]
+    metric = row.suite.metric or next(iter(found[0][0]), None)
+    if metric is None or any(metric not in scores for part in found for scores in part):
+        result["notes"].append(f"lmms-eval printed no number for {metric or 'any metric'}; see {folders[0] / tasks[0]}")
         return
-    upload, answers = (settings.data / path.format(name=settings.name) for path in (suite.upload, suite.answers))
-    if not upload.is_file() or upload.stat().st_mtime < answers.stat().st_mtime:
-        raise ValueError(f"{suite.script} has drifted: it made no new {upload}")
-    result.update(status="upload", upload=str(upload))
-    result["notes"].append(f"upload {upload} to {suite.server}")
+    scores = [[scores[metric] for scores in part] for part in found]
+    means = [row.suite.scale * sum(part) / len(part) for part in scores]
+    result.update(metric=metric, score=means[0], tasks=dict(zip(tasks, found[0])))
+    if len(folders) == 1:
+        return
+    result["against"] = means[1]
+    answers = [[harness.answers(folder / task, task, metric) for task in tasks] for folder in folders]
+    paired = difference(*answers, scores, row.suite.scale)
+    if paired is None:
+        result["notes"].append(f"{metric} is not a mean over questions: no paired difference")
+    else:
+        result["paired"] = paired._asdict()
 
 
-def _own_suite(
-    suite: OwnSuite, key: str, settings: Settings, log: Path, result: Dict, scale: Optional[float]
-) -> None:
-    target = settings.data / suite.answers.format(name=settings.name)
-    ids = [str(question["question_id"]) for question in suite.questions_of(settings.data)]
-    if not ids:
-        raise ValueError(f"{suite.files(settings.data / suite.folder)[0]} holds no question")
-    changed = float("inf") if settings.force else settings.changed
-    problem = why_not(target, ids, changed)
-    reused = [] if problem else [(len(ids), target.stat().st_mtime)]
-    if problem:
-        command = [str(HERE / "answering.py"), key, "--data", str(settings.data), "--model-path", settings.checkpoint]
-        command += ["--model-base", settings.base] if settings.base else []
-        command += ["--conv-mode", settings.conv_mode] if settings.conv_mode else []
-        with open(log, "w") as output:
-            reused = answer(
-                lambda part, count, index: [
-                    *(sys.executable, *command, "--answers-file", str(part)),
-                    *("--num-chunks", str(count), "--chunk-idx", str(index)),
-                ],
-                ids,
-                target,
-                settings.gpus,
-                changed,
-                output=output,
-                pass_fds=(settings.lock,),
-                PYTHONPATH=settings.python_path,
-            )
-    scored = suite.scorer(read(target), settings.padded, scale) if key == "rec" else suite.scorer(read(target))
-    result.update(scored, status="scored")
-    result["notes"] += reused_note(reused, len(ids))
+def table(rows: List[Row], results: List[Dict], names: List[str], size: str, versions: Dict[str, str]) -> str:
+    """One line per suite; marks and reasons below it."""
+    paired = len(names) == 2
+    head = ["suite", "metric", *names, *(["difference [95 %]", "questions"] if paired else [])]
+    head += [f"LLaVA-1.5-{size.upper()}", "+ MMFuser"]
+    lines, notes = [head], []
+    marks: Dict[str, str] = {}
+    for row, result in zip(rows, results):
+        digits = 0 if row.suite.scale == 1000 else 3 if row.suite.scale == 1 and not row.suite.paper else 1
+        cells = [f"{result[key]:.{digits}f}" if key in result else "–" for key in ("score", "against")[: len(names)]]
+        if paired:
+            cells += _paired_cells(result.get("paired"), digits)
+        before, after = row.suite.paper.get(size, ("", ""))
+        falls = " (falls)" if row.suite.paper and after < before else ""
+        mark = marks.setdefault(row.suite.differs, str(len(marks) + 1)) if row.suite.differs else ""
+        metric = (result["metric"] or "") + (f" [{mark}]" if mark else "")
+        lines.append([row.suite.title, metric, *cells, f"{before:g}" if before else "", f"{after}{falls}"])
+        notes += [f"{row.suite.title}: {note}" for note in result["notes"]]
+    widths = [max(map(len, column)) for column in zip(*lines)]
+    text = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip() for line in lines]
+    text.insert(1, "  ".join("-" * width for width in widths))
+    text += [
+        "",
+        "The last two columns are the paper's (arXiv 2410.11829): not measured here, partly by other harnesses.",
+    ]
+    text += [f"[{mark}] {how}" for how, mark in marks.items()]
+    if paired:
+        text.append(f"Difference: {names[0]} less {names[1]}, question by question, and its bootstrap interval.")
+    if any(not result["paired"]["additive"] for result in results if "paired" in result):
+        text.append("* of the questions' scores, in percent: the metric itself is no mean over questions")
+    return "\n".join(text + notes + [", ".join(f"{name} {version}" for name, version in versions.items())])
 
 
-def listing(data: Path) -> str:
-    """Every suite with the files it needs below `data`, where to get them, and how it is scored."""
+def _paired_cells(paired: Optional[Dict], digits: int) -> Tuple[str, str]:
+    if paired is None:
+        return "–", "–"
+    values = [f"{paired[key]:+.{digits if paired['additive'] else 1}f}" for key in ("mean", "low", "high")]
+    star = "" if paired["additive"] else " *"
+    return f"{values[0]} [{values[1]}, {values[2]}]{star}", str(paired["questions"])
+
+
+def listing() -> str:
+    """Every suite with its tasks, what it needs beside them, and how its protocol differs from the paper's."""
     lines = []
     for key, suite in SUITES.items():
-        if isinstance(suite, LlavaSuite):
-            scored = f"scored by {suite.script}" if suite.score else f"upload to {suite.server}"
-        else:
-            scored = "scored here"
-        lines.append(f"{key} ({suite.title}): {scored}")
-        lines += [f"    {path}: {where}" for path, where in needs(suite, data)]
-        lines += [f"    Python library {name}" for name in suite.modules]
-        if isinstance(suite, LlavaSuite):
-            lines += [f"    environment variable {name}" for name in suite.variables]
-        else:
-            lines += [f"    program {name}" for name in suite.programs]
-    return "\n".join(lines)
+        lines.append(f"{key} ({suite.title}): {suite.metric} of {', '.join(suite.tasks)}")
+        lines += [f"    needs {name}" for name in suite.needs] + [f"    {suite.differs}"] * bool(suite.differs)
+    return "\n".join(lines + ["Any other task, group or tag of lmms-eval goes by its own name."])
 
 
 def write(file: Path, text: str) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
     partial = file.with_name(file.name + ".partial")
     partial.write_text(text, encoding="utf-8")
     os.replace(partial, file)

@@ -1,340 +1,137 @@
-"""The suites: one row each. A new suite is a new row.
+"""The paper's suites, and a few that ask for what shallow layers should help: which tasks of lmms-eval they are."""
 
-`LlavaSuite` runs a shell script of the user's LLaVA checkout; `OwnSuite` is what LLaVA lacks. All paths are below the
-data folder, laid out as LLaVA's docs/Evaluation.md says; {name} is the name the answers are filed under.
-"""
+from typing import Dict, NamedTuple, Optional, Sequence, Tuple
 
-import re
-from pathlib import Path
-from typing import Callable, Dict, List, NamedTuple, Optional, Sequence, Tuple
-
-import ocrbench
-import refcoco
-from progress import read
-
-EVAL_ZIP = "eval.zip, linked in LLaVA's docs/Evaluation.md"
+Pair = Tuple[float, float]  # LLaVA-1.5, with MMFuser
 
 
-def matches(pattern: str) -> Callable[[str], bool]:
-    return lambda text: re.fullmatch(pattern, text) is not None
+class Suite(NamedTuple):
+    """`tasks` and `metric` are lmms-eval's; a score is the mean over the tasks times `scale`.
 
-
-WORDS = matches(r"(?s).*\S.*")
-LETTER = matches(r"[A-D]")
-
-
-def yes_or_no(text: str) -> bool:
-    """LLaVA's eval_pope.py takes a first sentence with one of three words for a no, and anything else for a yes."""
-    sentence = text.split(".")[0].replace(",", "")
-    no = {"No", "not", "no"} & set(sentence.split(" "))
-    return bool(no or re.search(r"\byes\b", sentence, re.IGNORECASE))
-
-
-def choice(text: str) -> bool:
-    """LLaVA's eval_science_qa.py reads a letter, "B. …", or a text that says exactly once what the answer is."""
-    return bool(re.fullmatch(r"(?s)[A-E]|[A-E]\. .*", text)) or len(re.findall(r"The answer is [A-Z].", text)) == 1
-
-
-class LlavaSuite(NamedTuple):
-    """A benchmark of LLaVA's scripts/v1_5/eval.
-
-    `needs` are (file or folder, where to get it); `valid` says whether the suite's scorer can read an answer, and those
-    it cannot are counted, as is what `extra` counts; `score` reads the number off the output of LLaVA's or the
-    benchmark's own scorer; where there is no local one, `upload` is the file that LLaVA's script makes for `server`;
-    `derived` are files that LLaVA's script would keep although the answers they were made from are new.
+    `paper` are the rows of arXiv 2410.11829 by size; `differs` says how that protocol is another one; `needs` are
+    environment variables (capitals) and programs without which there is no score.
     """
 
     title: str
-    script: str
-    questions: str
-    answers: str
-    needs: Sequence[Tuple[str, str]]
-    images: Optional[str] = None
-    valid: Callable[[str], bool] = WORDS
-    score: Optional[Callable[[str], float]] = None
-    upload: Optional[str] = None
-    server: str = ""
-    extra: Callable[[Path, str], Dict[str, int]] = lambda data, name: {}
-    modules: Sequence[str] = ()
-    variables: Sequence[str] = ()
-    derived: Sequence[str] = ()
-
-    @property
-    def merged(self) -> bool:
-        """Whether the script asks for chunks and puts the answers together itself."""
-        return self.answers.endswith("/merge.jsonl")
+    tasks: Sequence[str]
+    metric: Optional[str] = None
+    scale: float = 100.0
+    paper: Dict[str, Pair] = {}
+    differs: str = ""
+    needs: Sequence[str] = ()
 
 
-class OwnSuite(NamedTuple):
-    """A benchmark that LLaVA lacks, answered by answering.py and scored here."""
-
-    title: str
-    folder: str
-    answers: str
-    files: Callable[[Path], List[Path]]
-    questions: Callable[[Path], List[Dict]]
-    image: Callable[[Dict], object]
-    scorer: Callable[..., Dict]
-    where: str
-    max_new_tokens: int
-    modules: Sequence[str] = ()
-    programs: Sequence[str] = ()
-
-    def questions_of(self, data: Path) -> List[Dict]:
-        return self.questions(data / self.folder)
+def _regions(kind: str) -> Tuple[str, ...]:
+    splits = (("refcoco", "val testA testB"), ("refcoco+", "val testA testB"), ("refcocog", "val test"))
+    return tuple(f"{name}_{kind}_{split}" for name, parts in splits for split in parts.split())
 
 
-def number(pattern: str) -> Callable[[str], float]:
-    """Reads the last match of `pattern`'s group in a scorer's output. Raises ValueError where there is none."""
-
-    def find(output: str) -> float:
-        found = re.findall(pattern, output, re.MULTILINE)
-        if not found:
-            raise ValueError(f"the scorer printed nothing like {pattern!r}")
-        return float(found[-1])
-
-    return find
+def _paper(small: Pair, large: Pair) -> Dict[str, Pair]:
+    return {"7b": small, "13b": large}
 
 
-def pope_f1(output: str) -> float:
-    """Mean F1, in percent, of POPE's three categories."""
-    values = [float(value) for value in re.findall(r"^F1 score: ([\d.]+)", output, re.MULTILINE)]
-    if len(values) != 3:
-        raise ValueError(f"eval_pope.py printed {len(values)} F1 scores; expected 3 (adversarial, popular, random)")
-    return 100 * sum(values) / 3
-
-
-def unparsed_reviews(data: Path, name: str) -> Dict[str, int]:
-    """Reviews whose two scores LLaVA's script could not read; it stores -1 for both, and they lower the mean."""
-    reviews = data / "llava-bench-in-the-wild" / "reviews" / f"{name}.jsonl"
-    return {"review without scores": sum(-1 in row["tuple"] for row in read(reviews))} if reviews.is_file() else {}
-
+JUDGE = ("OPENAI_API_KEY",)
 
 SUITES = {
-    "vqav2": LlavaSuite(
+    "vqav2": Suite(
         "VQAv2",
-        "vqav2.sh",
-        "vqav2/llava_vqav2_mscoco_test-dev2015.jsonl",
-        "vqav2/answers/llava_vqav2_mscoco_test-dev2015/{name}/merge.jsonl",
-        [
-            ("vqav2/llava_vqav2_mscoco_test-dev2015.jsonl", EVAL_ZIP),
-            ("vqav2/llava_vqav2_mscoco_test2015.jsonl", EVAL_ZIP),
-            ("vqav2/test2015", "http://images.cocodataset.org/zips/test2015.zip"),
-        ],
-        images="vqav2/test2015",
-        upload="vqav2/answers_upload/llava_vqav2_mscoco_test-dev2015/{name}.json",
-        server="https://eval.ai/web/challenges/challenge-page/830/my-submission",
+        ["vqav2_val"],
+        "exact_match",
+        paper=_paper((78.5, 79.1), (80.0, 80.1)),
+        differs="validation split; the paper's is test-dev (task vqav2_test writes a file for that server)",
     ),
-    "gqa": LlavaSuite(
-        "GQA",
-        "gqa.sh",
-        "gqa/llava_gqa_testdev_balanced.jsonl",
-        "gqa/answers/llava_gqa_testdev_balanced/{name}/merge.jsonl",
-        [
-            ("gqa/llava_gqa_testdev_balanced.jsonl", EVAL_ZIP),
-            ("gqa/data/images", "https://cs.stanford.edu/people/dorarad/gqa/download.html"),
-            ("gqa/data/testdev_balanced_questions.json", "https://cs.stanford.edu/people/dorarad/gqa/download.html"),
-            (
-                "gqa/data/eval/eval.py",
-                "https://cs.stanford.edu/people/dorarad/gqa/evaluate.html, changed as LLaVA's docs/Evaluation.md says",
-            ),
-        ],
-        images="gqa/data/images",
-        score=number(r"^Accuracy: ([\d.]+)%"),
-    ),
-    "vizwiz": LlavaSuite(
+    "gqa": Suite("GQA", ["gqa"], "exact_match", paper=_paper((62.0, 62.8), (63.3, 63.4))),
+    "vizwiz": Suite(
         "VizWiz",
-        "vizwiz.sh",
-        "vizwiz/llava_test.jsonl",
-        "vizwiz/answers/{name}.jsonl",
-        [
-            ("vizwiz/llava_test.jsonl", EVAL_ZIP),
-            ("vizwiz/test", "https://vizwiz.cs.colorado.edu/VizWiz_final/images/test.zip"),
-        ],
-        images="vizwiz/test",
-        upload="vizwiz/answers_upload/{name}.json",
-        server="https://eval.ai/web/challenges/challenge-page/2185/my-submission",
+        ["vizwiz_vqa_val"],
+        "exact_match",
+        paper=_paper((50.0, 53.4), (53.6, 57.4)),
+        differs="validation split; the paper's is test-dev (task vizwiz_vqa_test writes a file for that server)",
     ),
-    "sqa": LlavaSuite(
-        "SQA-I",
-        "sqa.sh",
-        "scienceqa/llava_test_CQM-A.json",
-        "scienceqa/answers/{name}.jsonl",
-        [
-            ("scienceqa/llava_test_CQM-A.json", EVAL_ZIP),
-            *(
-                (f"scienceqa/{part}", "data/scienceqa of https://github.com/lupantech/ScienceQA")
-                for part in ("pid_splits.json", "problems.json", "images/test")
-            ),
-        ],
-        images="scienceqa/images/test",
-        valid=choice,
-        score=number(r"IMG-Accuracy: ([\d.]+)%"),
-    ),
-    "textvqa": LlavaSuite(
+    "sqa": Suite("SQA-I", ["scienceqa_img"], "exact_match", paper=_paper((66.8, 68.7), (71.6, 71.2))),
+    "textvqa": Suite(
         "TextVQA",
-        "textvqa.sh",
-        "textvqa/llava_textvqa_val_v051_ocr.jsonl",
-        "textvqa/answers/{name}.jsonl",
-        [
-            ("textvqa/llava_textvqa_val_v051_ocr.jsonl", EVAL_ZIP),
-            ("textvqa/TextVQA_0.5.1_val.json", "https://dl.fbaipublicfiles.com/textvqa/data/TextVQA_0.5.1_val.json"),
-            ("textvqa/train_images", "https://dl.fbaipublicfiles.com/textvqa/images/train_val_images.zip"),
-        ],
-        images="textvqa/train_images",
-        score=number(r"^Accuracy: ([\d.]+)%"),
+        ["textvqa_val"],
+        "exact_match",
+        paper=_paper((58.2, 58.8), (61.3, 59.9)),
+        differs="no OCR tokens in the prompt; LLaVA's script gives them, and scores higher",
     ),
-    "pope": LlavaSuite(
+    "pope": Suite(
         "POPE",
-        "pope.sh",
-        "pope/llava_pope_test.jsonl",
-        "pope/answers/{name}.jsonl",
-        [
-            ("pope/llava_pope_test.jsonl", EVAL_ZIP),
-            *(
-                (f"pope/coco/coco_pope_{part}.json", "output/coco of https://github.com/AoiDragon/POPE at e3e3926")
-                for part in ("adversarial", "popular", "random")
-            ),
-            ("pope/val2014", "http://images.cocodataset.org/zips/val2014.zip"),
-        ],
-        images="pope/val2014",
-        valid=yes_or_no,
-        score=pope_f1,
+        ["pope"],
+        "pope_f1_score",
+        paper=_paper((85.9, 86.3), (85.9, 87.5)),
+        differs="F1 over all questions, where only a bare 'yes' is one; the paper's is the mean of three, and LLaVA's "
+        "script takes whatever says no 'no' for a yes",
     ),
-    "mme": LlavaSuite(
-        "MME",
-        "mme.sh",
-        "MME/llava_mme.jsonl",
-        "MME/answers/{name}.jsonl",
-        [
-            ("MME/llava_mme.jsonl", EVAL_ZIP),
-            ("MME/convert_answer_to_mme.py", EVAL_ZIP),
-            *(
-                (
-                    f"MME/{part}",
-                    "https://github.com/BradyFU/Awesome-Multimodal-Large-Language-Models/tree/Evaluation (on request)",
-                )
-                for part in ("MME_Benchmark_release_version", "eval_tool/calculation.py")
-            ),
-        ],
-        images="MME/MME_Benchmark_release_version",
-        valid=matches(r"(?is).{0,1}yes.*|.{0,2}no.*"),
-        score=number(r"= Perception =+\s*total score: ([\d.]+)"),
-        modules=("sklearn",),
-    ),
-    "mmbench": LlavaSuite(
+    "mme": Suite("MME", ["mme"], "mme_perception_score", 1.0, paper=_paper((1510.7, 1479.7), (1531.3, 1585.2))),
+    "mmbench": Suite(
         "MMB",
-        "mmbench.sh",
-        "mmbench/mmbench_dev_20230712.tsv",
-        "mmbench/answers/mmbench_dev_20230712/{name}.jsonl",
-        [
-            (
-                "mmbench/mmbench_dev_20230712.tsv",
-                "https://download.openmmlab.com/mmclassification/datasets/mmbench/mmbench_dev_20230712.tsv",
-            )
-        ],
-        valid=LETTER,
-        upload="mmbench/answers_upload/mmbench_dev_20230712/{name}.xlsx",
-        server="https://opencompass.org.cn/leaderboard-multimodal",
-        modules=("pandas", "openpyxl"),
+        ["mmbench_en_dev_static"],
+        "gpt_eval_score",
+        1.0,
+        paper=_paper((64.3, 67.5), (67.7, 69.9)),
+        differs="letters are read off by rules here; the paper's answers were scored by MMBench's server",
     ),
-    "mmbench_cn": LlavaSuite(
+    "mmbench_cn": Suite(
         "MMB-CN",
-        "mmbench_cn.sh",
-        "mmbench_cn/mmbench_dev_cn_20231003.tsv",
-        "mmbench_cn/answers/mmbench_dev_cn_20231003/{name}.jsonl",
-        [
-            (
-                "mmbench_cn/mmbench_dev_cn_20231003.tsv",
-                "https://download.openmmlab.com/mmclassification/datasets/mmbench/mmbench_dev_cn_20231003.tsv",
-            )
-        ],
-        valid=LETTER,
-        upload="mmbench_cn/answers_upload/mmbench_dev_cn_20231003/{name}.xlsx",
-        server="https://opencompass.org.cn/leaderboard-multimodal",
-        modules=("pandas", "openpyxl"),
+        ["mmbench_cn_dev"],
+        "gpt_eval_score",
+        1.0,
+        paper=_paper((58.3, 60.1), (63.6, 63.8)),
+        differs="a judge reads answers that name no letter; the paper's answers were scored by MMBench's server",
+        needs=JUDGE,  # without it lmms-eval draws such letters at random
     ),
-    "seed": LlavaSuite(
+    "seed": Suite(
         "SEED",
-        "seed.sh",
-        "seed_bench/llava-seed-bench.jsonl",
-        "seed_bench/answers/{name}/merge.jsonl",
-        [
-            ("seed_bench/llava-seed-bench.jsonl", EVAL_ZIP),
-            *(
-                (f"seed_bench/{part}", "https://github.com/AILab-CVC/SEED-Bench/blob/main/DATASET.md")
-                for part in ("SEED-Bench.json", "SEED-Bench-image", "SEED-Bench-video-image")
-            ),
-        ],
-        images="seed_bench",
-        valid=LETTER,
-        score=number(r"^Total accuracy: ([\d.]+)%"),
-        upload="seed_bench/answers_upload/{name}.jsonl",
+        ["seedbench"],
+        "seed_all",
+        paper=_paper((58.6, 60.8), (61.6, 62.0)),
+        differs="video questions show all frames of the data set; LLaVA's script shows the middle one",
     ),
-    "mmvet": LlavaSuite(
-        "MM-Vet",
-        "mmvet.sh",
-        "mm-vet/llava-mm-vet.jsonl",
-        "mm-vet/answers/{name}.jsonl",
-        [
-            ("mm-vet/llava-mm-vet.jsonl", EVAL_ZIP),
-            ("mm-vet/images", "https://github.com/yuweihao/MM-Vet/releases/download/v1/mm-vet.zip"),
-        ],
-        images="mm-vet/images",
-        upload="mm-vet/results/{name}.json",
-        server="the notebook of https://github.com/yuweihao/MM-Vet (asks GPT-4)",
-    ),
-    "ocrbench": OwnSuite(
-        "OCRBench",
-        "OCRBench",
-        "OCRBench/answers/{name}.jsonl",
-        ocrbench.files,
-        ocrbench.questions,
-        ocrbench.image,
-        ocrbench.score,
-        "https://github.com/Yuliang-Liu/MultimodalOCR (OCRBench.json, and OCRBench_Images/ from its README)",
-        ocrbench.MAX_NEW_TOKENS,
-    ),
-    "regioncap": OwnSuite(
-        "Region captioning",
-        "refcoco",
-        "refcoco/answers/regioncap/{name}.jsonl",
-        refcoco.files,
-        refcoco.regions,
-        refcoco.image,
-        refcoco.score_captions,
-        "https://huggingface.co/datasets/lmms-lab/RefCOCO, …/RefCOCOplus and …/RefCOCOg",
-        refcoco.MAX_NEW_TOKENS,
-        modules=("pyarrow", "pycocoevalcap"),
-        programs=("java",),
-    ),
-    "rec": OwnSuite(
-        "REC",
-        "refcoco",
-        "refcoco/answers/rec/{name}.jsonl",
-        refcoco.files,
-        refcoco.expressions,
-        refcoco.image,
-        refcoco.score_boxes,
-        "https://huggingface.co/datasets/lmms-lab/RefCOCO, …/RefCOCOplus and …/RefCOCOg",
-        refcoco.MAX_NEW_TOKENS,
-        modules=("pyarrow",),
-    ),
-    # Last, because its judge may keep it waiting forever.
-    "llavabench": LlavaSuite(
+    "llavabench": Suite(
         "LLaVA-W",
-        "llavabench.sh",
-        "llava-bench-in-the-wild/questions.jsonl",
-        "llava-bench-in-the-wild/answers/{name}.jsonl",
-        [
-            (f"llava-bench-in-the-wild/{part}", "https://huggingface.co/datasets/liuhaotian/llava-bench-in-the-wild")
-            for part in ("questions.jsonl", "context.jsonl", "answers_gpt4.jsonl", "images")
-        ],
-        images="llava-bench-in-the-wild/images",
-        score=number(r"^all ([\d.]+)"),
-        extra=unparsed_reviews,
-        modules=("openai<1",),  # LLaVA's script calls the old interface, and with a new one repeats its call forever
-        variables=("OPENAI_API_KEY",),
-        derived=("llava-bench-in-the-wild/reviews/{name}.jsonl",),
+        ["llava_in_the_wild"],
+        "gpt_eval_llava_all",
+        1.0,
+        paper=_paper((63.4, 65.5), (70.7, 71.8)),
+        differs="another judge than LLaVA's gpt-4-0314",
+        needs=JUDGE,
     ),
+    "mmvet": Suite(
+        "MM-Vet",
+        ["mmvet"],
+        "gpt_eval_score",
+        1.0,
+        paper=_paper((30.5, 32.6), (35.4, 36.6)),
+        differs="another judge, and a prompt that asks to think step by step",
+        needs=JUDGE,
+    ),
+    "ocrbench": Suite(
+        "OCRBench",
+        ["ocrbench"],
+        "ocrbench_accuracy",
+        1000.0,
+        paper=_paper((297, 315), (331, 343)),
+        differs="case is ignored in every part",
+    ),
+    "regioncap": Suite(
+        "Region captioning",
+        _regions("bbox"),
+        "refcoco_CIDEr",
+        paper=_paper((37.2, 39.7), (38.9, 42.8)),
+        needs=("java",),  # the tokenizer of pycocoevalcap
+    ),
+    "rec": Suite(
+        "REC",
+        _regions("bbox_rec"),
+        "refcoco_ACC@0.5",
+        paper=_paper((51.7, 57.4), (60.7, 61.1)),
+        differs="boxes are read as fractions of the picture, while LLaVA-1.5 learned them as fractions of the padded "
+        "square (LLaVA issue 606); the paper evidently did the same",
+    ),
+    "cv_bench": Suite("CV-Bench", ["cv_bench"], "cv_bench_acc"),
+    "countbench": Suite("CountBench", ["countbench"], "acc"),
+    "vstar": Suite("V*", ["vstar_bench"], "vstar_overall_acc"),
+    "mmvp": Suite("MMVP", ["mmvp"], "mmvp_pair_accuracy"),
 }
