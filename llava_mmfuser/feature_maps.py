@@ -161,7 +161,7 @@ def feature_maps(model: Model, picture: Image.Image, at: Optional[Tuple[float, f
     side = size // model.tower.config.patch_size
     cell = None if at is None else _cell(at, box, side)
     indices = model.settings.layers
-    flat = capture_layers(model.tower, pixels.to(model.tower.device), indices, "patch", torch.float32)  # [1, N, L*C]
+    flat = capture_layers(model.tower, pixels.to(model.tower.device), indices, "patch")  # [1, N, L*C]
     layers = flat.unflatten(-1, (len(indices), -1)).unbind(-2)
     fused, offsets, logits = _fuse(model.fuser, layers)
     maps = FeatureMaps(

@@ -88,8 +88,9 @@ class MMFuser(nn.Module):
                 f"got {len(layers)} feature maps, but this fuser was built for num_layers={self.num_layers}"
             )
         query = layers[-1]
-        shapes = [tuple(layer.shape) for layer in layers]
-        if len(set(shapes)) != 1 or query.dim() != 3 or query.shape[-1] != self.hidden_size:
+        alike = all(layer.shape == query.shape for layer in layers)  # holds for the sizes of a trace, which are tensors
+        if not alike or query.dim() != 3 or query.shape[-1] != self.hidden_size:
+            shapes = [tuple(layer.shape) for layer in layers]
             raise ValueError(f"every feature map must be [B, N, {self.hidden_size}] and alike, got {shapes}")
         side = math.isqrt(query.shape[1])
         if side * side != query.shape[1]:

@@ -41,7 +41,7 @@ from .ops import select_implementation
 from .patching import Patch, check_row, replace, restore
 from .projector import MMFuserProjector
 from .resettable import Resettable, materialize
-from .vision import SELECT_FEATURES, capture_layers, concat_layers
+from .vision import SELECT_FEATURES, return_layers
 
 logger = logging.getLogger("llava_mmfuser")
 
@@ -50,24 +50,10 @@ def _tower_init(original, self, vision_tower, args, delay_load=False):
     if getattr(args, "mm_projector_type", None) != PROJECTOR_TYPE:
         _refuse_layer_list(args)
         return original(self, vision_tower, args, delay_load=delay_load)
+    _refuse_s2(self)
     settings = _resolve(args, vision_tower)
     original(self, vision_tower, args, delay_load=delay_load)
-    self.select_layer = list(settings.layers)
-
-
-def _tower_feature_select(original, self, image_forward_outs):
-    if not isinstance(self.select_layer, list):
-        return original(self, image_forward_outs)
-    return concat_layers(image_forward_outs.hidden_states, self.select_layer, self.select_feature)
-
-
-def _tower_forward(original, self, images):
-    if not isinstance(self.select_layer, list):
-        return original(self, images)
-    if type(images) is list:
-        return [_tower_forward(original, self, image.unsqueeze(0)) for image in images]
-    pixel_values = images.to(device=self.device, dtype=self.dtype)
-    return capture_layers(self.vision_tower, pixel_values, self.select_layer, self.select_feature, images.dtype)
+    return_layers(self, settings.layers)
 
 
 def _build_vision_projector(original, config, delay_load=False, **kwargs):
@@ -173,15 +159,15 @@ _MODEL_PATCHES = (
     ),
     Patch(
         _CLIP_ENCODER + ".feature_select",
-        _tower_feature_select,
+        None,
         ("self", "image_forward_outs"),
-        "select_layer may be a list",
+        "not replaced, but a tower with a fuser gives it several layers",
     ),
     Patch(
         _CLIP_ENCODER + ".forward",
-        _tower_forward,
+        None,
         ("self", "images"),
-        "several layers in one pass that ends at the deepest of them",
+        "not replaced, but a tower with a fuser runs it with its own answer to `self.vision_tower(…)`",
     ),
     Patch(
         "llava.model.multimodal_projector.builder:build_vision_projector",
@@ -395,8 +381,7 @@ def _refuse_mmfuser(reason: str) -> None:
 
 def _resolve(args: Any, vision_tower: str) -> MMFuserConfig:
     """The settings in `args`, checked against the tower's config, which is read without its weights."""
-    if getattr(args, "s2", False):
-        raise ValueError(f"s2=True together with mm_projector_type={PROJECTOR_TYPE} is not supported; set s2 to False")
+    _refuse_s2(args)
     vision_config = tower_config(vision_tower)
     select_feature = getattr(args, "mm_vision_select_feature", SELECT_FEATURES[0])
     if select_feature not in SELECT_FEATURES:
@@ -424,6 +409,12 @@ def _check_arguments(arguments: Any) -> None:
                 read_adapter(arguments.pretrain_mm_mlp_adapter)
             except ValueError as error:
                 raise ValueError(f"pretrain_mm_mlp_adapter={error}") from error
+
+
+def _refuse_s2(found: Any) -> None:
+    """Refuse arguments that ask for several scales, and a tower that has them: its features are wider by as much."""
+    if getattr(found, "s2", False) or hasattr(found, "forward_feature"):
+        raise ValueError(f"s2=True together with mm_projector_type={PROJECTOR_TYPE} is not supported; set s2 to False")
 
 
 def _refuse_layer_list(args: Any) -> None:
@@ -495,10 +486,11 @@ def _existing_projector_settings(config: Any, model_args: Any, settings: MMFuser
 
 
 def _put_fuser_in_front(projector: Any, settings: MMFuserConfig, tower: Any) -> MMFuserProjector:
+    _refuse_s2(tower)
     fused = MMFuserProjector.build(settings, tower.hidden_size, projector)
     like = next(projector.parameters())
     fused.fuser.to(device=like.device, dtype=like.dtype if like.is_floating_point() else None)
-    tower.select_layer = list(settings.layers)
+    return_layers(tower, settings.layers)
     return fused
 
 

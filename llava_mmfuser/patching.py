@@ -3,7 +3,9 @@
 import functools
 import importlib
 import inspect
-from typing import Any, Callable, Dict, Iterable, NamedTuple, Optional, Tuple
+import sys
+import types
+from typing import Any, Callable, Dict, Iterable, List, NamedTuple, Optional, Tuple
 
 
 class Patch(NamedTuple):
@@ -16,6 +18,7 @@ class Patch(NamedTuple):
 
 
 _originals: Dict[str, Any] = {}
+_places: Dict[str, List[Tuple[Any, str]]] = {}  # target -> where `replace` wrote its stand-in
 
 
 def check_row(row: Patch) -> Tuple[str, str]:
@@ -35,35 +38,61 @@ def check_row(row: Patch) -> Tuple[str, str]:
     return "ok", "patched" if row.target in _originals else "not patched"
 
 
+def stand_in(original: Callable, call: Callable) -> Callable:
+    """A function that runs ``call(*args, **kwargs)`` and answers as `original` does to whoever looks at it.
+
+    Name, signature, source, annotations, attributes and pickling by name are those of `original`; ``__wrapped__`` is
+    there only where `original` has one, and is the same.
+    """
+    function = lambda *args, **kwargs: call(*args, **kwargs)  # noqa: E731  (one line: a traceback shows the original's)
+    if inspect.isfunction(original):
+        code = original.__code__
+        place = {"co_filename": code.co_filename, "co_firstlineno": code.co_firstlineno, "co_name": code.co_name}
+        code = function.__code__.replace(**place)
+        function = types.FunctionType(code, original.__globals__, code.co_name, None, function.__closure__)
+    functools.update_wrapper(function, original)
+    del function.__wrapped__
+    vars(function).update(vars(original))
+    function.__signature__ = inspect.signature(original)
+    return function
+
+
 def replace(target: str, replacement: Callable) -> None:
-    """Make `target` call ``replacement(original, …)``, original bound to the class where it is a class method."""
+    """Make `target` call ``replacement(original, …)``, original bound to the class where it is a class method.
+
+    A function that the target's module has imported is replaced in its own module, too, where pickling looks for it,
+    and stays one object under all its names.
+    """
     owner, name = _owner(target)
     original = inspect.getattr_static(owner, name)
-    call = getattr(original, "__func__", original)
-
+    places = [(owner, name)]
     if isinstance(original, classmethod):
-
-        @functools.wraps(call)
-        def wrapper(cls, *args, **kwargs):
-            return replacement(functools.partial(call, cls), *args, **kwargs)
-
-        setattr(owner, name, classmethod(wrapper))
+        call = original.__func__
+        function = classmethod(
+            stand_in(call, lambda cls, *args, **kwargs: replacement(functools.partial(call, cls), *args, **kwargs))
+        )
     else:
+        function = _stand_in(original, replacement)
+        home = sys.modules.get(getattr(original, "__module__", None))
+        if inspect.ismodule(owner) and getattr(home, original.__name__, None) is original:
+            places.append((home, original.__name__))
+    for place in places:
+        setattr(*place, function)
+    _originals[target], _places[target] = original, places
 
-        @functools.wraps(call)
-        def wrapper(*args, **kwargs):
-            return replacement(call, *args, **kwargs)
 
-        setattr(owner, name, wrapper)
-    _originals[target] = original
+@functools.lru_cache(maxsize=None)
+def _stand_in(original: Callable, replacement: Callable) -> Callable:
+    return stand_in(original, functools.partial(replacement, original))
 
 
 def restore(targets: Optional[Iterable[str]] = None) -> None:
     """Put the originals of these targets back, or all."""
     for target in list(_originals if targets is None else targets):
         if target in _originals:
-            owner, name = _owner(target)
-            setattr(owner, name, _originals.pop(target))
+            original = _originals.pop(target)
+            for place in _places.pop(target):
+                setattr(*place, original)
 
 
 def _owner(target: str) -> Tuple[Any, str]:

@@ -2,6 +2,8 @@
 
 import logging
 import math
+from collections import OrderedDict
+from typing import Dict, Iterator, Union
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +24,10 @@ class MMFuserProjector(Resettable, nn.Module):
     ``bias`` for ``linear``), so that released checkpoints and adapters load by name; the block is ``fuser``. Adopting
     moves the objects: their dtype, device, quantisation and ZeRO partitioning stay.
 
+    What others read from LLaVA's own is there: items, length and iteration of an MLP (``projector[0].weight.dtype``),
+    ``weight``, ``bias``, ``in_features`` and ``out_features`` of ``linear``; none of them includes the block, so
+    in_features is C. It is no `nn.Sequential`, whose items, run in turn, would be all of it.
+
     Args:
         fuser: `MMFuser` or another module of `fusion`.
         projector: what LLaVA's `build_vision_projector` returns for ``linear`` or ``mlpNx_gelu``.
@@ -33,6 +39,8 @@ class MMFuserProjector(Resettable, nn.Module):
             self.add_module(name, child)
         for name, parameter in projector.named_parameters(recurse=False):
             self.register_parameter(name, parameter)
+        if isinstance(projector, nn.Linear):
+            self.in_features, self.out_features = projector.in_features, projector.out_features
         self.fuser = fuser
         self.num_loaded = None  # fuser tensors in the last state dict that had any of this projector's
         self.lr = None  # of the fuser; None takes that of the projector
@@ -74,7 +82,7 @@ class MMFuserProjector(Resettable, nn.Module):
         fused = fuser(patches)
         if has_cls:
             fused = torch.cat([layers[-1][:, :1], fused], dim=1)
-        first, *others = [child for name, child in self.named_children() if name != "fuser"] or [None]
+        first, *others = list(self._adopted().values()) or [None]
         fused = F.linear(fused, self.weight, self.bias) if first is None else first(fused)
         if isinstance(fuser, ChannelConcat):
             extra = fuser.to_first_layer(patches).to(fused.dtype)
@@ -82,6 +90,27 @@ class MMFuserProjector(Resettable, nn.Module):
         for child in others:
             fused = child(fused)
         return fused
+
+    def _adopted(self) -> Dict[str, nn.Module]:
+        return {name: child for name, child in self._modules.items() if name != "fuser"}
+
+    def _items(self) -> nn.Sequential:
+        children = OrderedDict(self._adopted())
+        if not children:
+            raise TypeError("this projector is linear, so it has no items, as torch.nn.Linear has none")
+        return nn.Sequential(children)
+
+    def __getitem__(self, index: Union[int, slice]) -> nn.Module:
+        return self._items()[index]
+
+    def __len__(self) -> int:
+        return len(self._items())
+
+    def __iter__(self) -> Iterator[nn.Module]:
+        return iter(self._items())
+
+    def __bool__(self) -> bool:  # else it had to have a length
+        return True
 
     def shapes(self) -> Shapes:
         """Names and shapes of all parameters, also where ZeRO-3 has partitioned them."""

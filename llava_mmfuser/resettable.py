@@ -93,7 +93,8 @@ class LayerNorm(Resettable, nn.LayerNorm):
         self.bias.zero_()
 
     def forward(self, x: torch.Tensor) -> Features:
-        if torch.is_grad_enabled() and self.weight.requires_grad and not x.requires_grad:
+        trained = torch.is_grad_enabled() and self.weight.requires_grad and not x.requires_grad
+        if trained and not torch.jit.is_tracing():  # which compares its graph with one made without gradients
             return F.layer_norm(x, self.normalized_shape, eps=self.eps), self.weight.clone(), self.bias.clone()
         if x.dtype == self.weight.dtype:
             return super().forward(x)

@@ -12,7 +12,8 @@ python=${PYTHON:-python3}
 llava=llava-torch==1.2.2.post1
 common="transformers==4.37.2 tokenizers==0.15.1 numpy<2 sentencepiece einops pillow requests scikit-learn scikit-image
         matplotlib pytest pytest-xdist setuptools<81 wheel shortuuid pandas openpyxl pyarrow<21 pycocoevalcap"
-new="torch==2.13.0 accelerate==0.34.2 peft<0.12 deepspeed==0.16.9 bitsandbytes==0.50.2 triton==3.6.0 ruff $common"
+new="torch==2.13.0 accelerate==0.34.2 peft<0.12 deepspeed==0.16.9 bitsandbytes==0.50.2 triton==3.6.0 ruff
+     onnx==1.23.2 onnxscript==0.7.2 onnxruntime==1.32.0 $common"
 pinned="torch==2.1.2 accelerate==0.21.0 peft==0.10.0 deepspeed==0.12.6 $common"
 
 packages=()

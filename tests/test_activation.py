@@ -97,7 +97,7 @@ from transformers import HfArgumentParser, PreTrainedModel
 import llava_mmfuser
 def symbols():
     return [arch.build_vision_projector, arch.LlavaMetaModel.initialize_vision_modules, CLIPVisionTower.__init__,
-            CLIPVisionTower.forward, CLIPVisionTower.feature_select, HfArgumentParser.__init__,
+            HfArgumentParser.__init__, sys.modules["transformers.integrations.deepspeed"].deepspeed_init,
             PreTrainedModel._initialize_weights, PreTrainedModel.__dict__["_load_pretrained_model"]]
 untouched = symbols()
 assert not any(hasattr(symbol, "__wrapped__") and "mmfuser" in symbol.__code__.co_filename for symbol in untouched[:3])

@@ -1,20 +1,25 @@
 """The hook inside a real LLaVA, in this process: tower, projector, initialisation, existing projectors, bad input."""
 
 import copy
+import importlib
+import inspect
 import json
 import logging
+import pickle
 import shutil
+import typing
 from types import SimpleNamespace
 
 import pytest
 import torch
-from llava.model import LlavaConfig, LlavaLlamaForCausalLM
-from llava.model.llava_arch import LlavaMetaModel
+from llava.model import LlavaConfig, LlavaLlamaForCausalLM, llava_arch
 from llava.model.multimodal_encoder.clip_encoder import CLIPVisionTower
 from llava.model.multimodal_projector.builder import build_vision_projector
+from torch.utils.checkpoint import checkpoint
 
-from llava_mmfuser import MMFuser, MMFuserProjector
+from llava_mmfuser import MMFuser, MMFuserProjector, patching
 from llava_mmfuser.config import ATTENTION_KINDS, FUSIONS
+from llava_mmfuser.llava_patch import PATCHES
 
 
 def arguments(world, **settings):
@@ -435,6 +440,152 @@ def test_tower_that_is_not_clip_is_refused(world, tmp_path):
         CLIPVisionTower(str(tmp_path / "siglip"), arguments(world))
 
 
-def test_patched_functions_keep_their_original():
-    assert LlavaMetaModel.initialize_vision_modules.__wrapped__.__module__ == "llava.model.llava_arch"
-    assert "mm_projector_type" in LlavaMetaModel.initialize_vision_modules.__wrapped__.__code__.co_consts
+def test_replaced_functions_answer_as_the_originals():
+    """Whoever looks at them: introspection, pickling, code that goes through `__wrapped__`."""
+    for module in PATCHES:
+        importlib.import_module(module)
+    for row in [row for row in sum(PATCHES.values(), ()) if row.replacement is not None]:
+        owner, name = patching._owner(row.target)
+        found, original = inspect.getattr_static(owner, name), patching._originals[row.target]
+        assert found is not original and type(found) is type(original), row.target
+        public = getattr(owner, name)
+        assert pickle.loads(pickle.dumps(public)) == public
+        found, original = (getattr(function, "__func__", function) for function in (found, original))
+        for attribute in ("__name__", "__qualname__", "__module__", "__doc__", "__annotations__", "__wrapped__"):
+            assert getattr(found, attribute, None) is getattr(original, attribute, None) or (
+                getattr(found, attribute) == getattr(original, attribute)
+            ), (row.target, attribute)
+        for look in (inspect.signature, inspect.getfullargspec, inspect.getsource, inspect.getsourcefile):
+            assert look(found) == look(original), (row.target, look)
+        assert typing.get_type_hints(found) == typing.get_type_hints(original)
+    assert llava_arch.build_vision_projector is build_vision_projector  # as without the package
+
+
+def test_a_plain_tower_is_upstreams_own(world):
+    plain, fused = tower(world, mm_projector_type="mlp2x_gelu"), tower(world)
+    assert type(plain) is CLIPVisionTower and isinstance(fused, CLIPVisionTower) and repr(fused) == repr(plain)
+    assert not any("CLIPVisionTower" in target and "__init__" not in target for target in patching._originals)
+    assert inspect.signature(fused.forward) == inspect.signature(plain.forward)
+    assert inspect.getsource(fused.forward) == inspect.getsource(plain.forward)
+    plain.requires_grad_(True)
+    assert plain.forward.__wrapped__(plain, IMAGES).requires_grad and not plain(IMAGES).requires_grad
+
+
+@pytest.mark.parametrize("recompute", [False, True], ids=["", "gradient checkpointing"])
+@pytest.mark.parametrize("host", ["no_grad", "trains", "__wrapped__"])
+def test_the_host_decides_whether_the_tower_is_trained(world, monkeypatch, host, recompute):
+    model, images = model_with(world, mm_fuser_attention="window").double().train(), IMAGES.double()
+    vision, projector = model.get_vision_tower(), model.get_model().mm_projector
+    with torch.no_grad():
+        for parameter in projector.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.2)
+    vision.requires_grad_(True)
+    states = vision.vision_tower(images, output_hidden_states=True).hidden_states
+    projector(torch.cat([states[index][:, 1:] for index in vision.select_layer], -1)).square().sum().backward()
+    expected = {name: parameter.grad for name, parameter in vision.named_parameters() if parameter.grad is not None}
+    above = {name for name, _ in vision.named_parameters()} - set(expected)
+    assert above and all("layers.7." in name or "post_layernorm" in name for name in above)
+
+    if host == "trains":  # as people edit their checkout, and as LLaVA-NeXT is
+        monkeypatch.setattr(CLIPVisionTower, "forward", CLIPVisionTower.forward.__wrapped__)
+    elif host == "__wrapped__":  # as public saliency code calls it
+        monkeypatch.setattr(vision, "forward", lambda images: type(vision).forward.__wrapped__(vision, images))
+    if recompute:
+        model.gradient_checkpointing_enable()
+    model.zero_grad()
+    ran = []
+    vision.vision_tower.vision_model.encoder.layers[0].register_forward_hook(lambda *_: ran.append(1))
+    model.encode_images(images).square().sum().backward()
+    if host == "no_grad":
+        assert all(parameter.grad is None for parameter in vision.parameters()) and len(ran) == 1
+        return
+    assert len(ran) == 1 + recompute
+    found = {name: parameter.grad for name, parameter in vision.named_parameters() if parameter.grad is not None}
+    torch.testing.assert_close(found, expected)
+
+
+def test_a_tower_with_a_fuser_can_be_copied_pickled_and_derived_from(world):
+    class Derived(CLIPVisionTower):
+        def forward(self, images):
+            self.seen = images.shape
+            return 2 * super().forward(images)
+
+    vision = tower(world)
+    expected = vision(IMAGES)
+    copies = [copy.copy(vision), copy.deepcopy(vision), vision._replicate_for_data_parallel()]
+    copies += [pickle.loads(pickle.dumps(vision, protocol)) for protocol in (0, 2, pickle.HIGHEST_PROTOCOL)]
+    for other in copies:
+        assert type(other) is type(vision) and torch.equal(other(IMAGES), expected)
+    derived = Derived(str(world / "clip"), arguments(world))
+    assert torch.equal(derived(IMAGES), 2 * expected) and derived.seen == IMAGES.shape
+    vision.select_layer = -2
+    assert torch.equal(vision(IMAGES), expected[..., -64:])
+
+
+def test_a_tower_of_several_scales_is_refused(world):
+    class CLIPVisionTowerS2(CLIPVisionTower):
+        """Of LLaVA's main, in so far as it matters."""
+
+        def forward_feature(self, images):
+            return super().forward(images)
+
+    with pytest.raises(ValueError, match="s2=True together with mm_projector_type=mmfuser"):
+        CLIPVisionTowerS2(str(world / "clip"), arguments(world))
+    model = model_with(world, mm_projector_type="mlp2x_gelu")
+    model.get_model().vision_tower = CLIPVisionTowerS2(
+        str(world / "clip"), arguments(world, mm_projector_type="mlp2x_gelu")
+    )
+    with pytest.raises(ValueError, match="s2=True together with mm_projector_type=mmfuser"):
+        model.get_model().initialize_vision_modules(arguments(world))
+
+
+def test_projector_answers_as_llavas_own():
+    plain = build_vision_projector(projector_config(mm_projector_type="mlp2x_gelu"))
+    fused = build_vision_projector(projector_config())
+    assert len(fused) == len(plain) and repr(fused[:2]) == repr(plain[:2]) and repr(list(fused)) == repr(list(plain))
+    assert fused[0] is fused[-3] and fused[-1].out_features == 48 and fused[0].in_features == 32 and fused[2] in fused
+    fused[0].weight.data.zero_()
+    assert not fused.state_dict()["0.weight"].any()
+    for index in (3, -4):
+        with pytest.raises(IndexError):
+            fused[index]
+    assert not hasattr(fused, "weight") and not hasattr(fused, "in_features")
+
+    plain = build_vision_projector(projector_config(mm_projector_type="linear"))
+    fused = build_vision_projector(projector_config(mm_fuser_projector="linear"))
+    assert fused and (fused.in_features, fused.out_features) == (plain.in_features, plain.out_features) == (32, 48)
+    assert fused.weight.shape == plain.weight.shape and fused.bias.shape == plain.bias.shape
+    for ask in (len, iter, lambda projector: projector[0]):
+        with pytest.raises(TypeError):
+            ask(plain)
+        with pytest.raises(TypeError, match="has no items"):
+            ask(fused)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [dict(mm_fuser_attention=kind) for kind in ATTENTION_KINDS] + [dict(mm_fuser_fusion=kind) for kind in FUSIONS],
+    ids=lambda settings: next(iter(settings.values())),
+)
+def test_projector_under_activation_checkpointing_and_saved_tensor_hooks(settings):
+    projector = build_vision_projector(projector_config(mm_fuser_num_heads=4, **settings))
+    with torch.no_grad():
+        for parameter in projector.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.2)
+
+    def gradients(call, trained):
+        features = torch.arange(2 * 9 * 160).view(2, 9, 160).sin().requires_grad_(trained)
+        projector.zero_grad()
+        call(features).square().sum().backward()
+        return [features.grad] * trained + [parameter.grad for parameter in projector.parameters()]
+
+    def on_cpu(features):
+        with torch.autograd.graph.save_on_cpu():
+            return projector(features)
+
+    for trained in (True, False):
+        expected = gradients(projector, trained)
+        calls = [lambda features: checkpoint(projector, features, use_reentrant=False), on_cpu]
+        calls += [lambda features: checkpoint(projector, features, use_reentrant=True)] * trained
+        for call in calls:
+            torch.testing.assert_close(gradients(call, trained), expected)

@@ -1,5 +1,6 @@
 import pytest
 import torch
+from torch.utils.checkpoint import checkpoint
 
 from llava_mmfuser.ops import IMPLEMENTATIONS, deformable_sampling, select_implementation, unavailable
 
@@ -119,6 +120,32 @@ def test_backward_is_deterministic_and_differentiable_once():
     (grad,) = torch.autograd.grad(out.square().sum(), value, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         grad.sum().backward()
+
+
+@pytest.mark.parametrize("implementation", PYTORCH)
+def test_saved_tensors_may_be_recomputed_or_packed(implementation):
+    tensors = [tensor.requires_grad_() for tensor in inputs()]
+
+    def sampled():
+        return deformable_sampling(*tensors, (5, 5), implementation)
+
+    def packed():
+        with torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor.clone(), lambda tensor: tensor):
+            return sampled()
+
+    calls = sampled, packed, lambda: checkpoint(sampled, use_reentrant=False)
+    expected, *others = (torch.autograd.grad(call().square().sum(), tensors) for call in calls)
+    for found in others:
+        torch.testing.assert_close(found, expected)
+
+
+def test_what_is_part_of_a_graph_is_the_reference(monkeypatch):
+    monkeypatch.setenv("LLAVA_MMFUSER_SAMPLING", "embedding_bag")
+    value, offsets, logits = inputs()
+    graph = torch.jit.trace(lambda *tensors: deformable_sampling(*tensors, (5, 5)), (value, offsets, logits))
+    assert "grid_sampler" in str(graph.graph)
+    with pytest.raises(ValueError, match="implementation='embedding_bag' cannot run here: PyTorch makes a graph"):
+        torch.jit.trace(lambda *tensors: deformable_sampling(*tensors, (5, 5), "embedding_bag"), inputs())
 
 
 @pytest.mark.parametrize("needed", [(True, False, False), (False, True, False), (False, False, True)])

@@ -28,6 +28,15 @@ IMPLEMENTATIONS: Dict[str, Callable[..., torch.Tensor]] = {
     "triton": _triton,
 }
 
+# torch 2.1 has it in another place, 2.0 nowhere.
+_place = torch.compiler if hasattr(getattr(torch, "compiler", None), "is_compiling") else torch._utils
+_is_compiling = getattr(_place, "is_compiling", lambda: False)
+
+
+def is_recorded() -> bool:
+    """Whether PyTorch makes a graph of what runs: torch.jit.trace, torch.onnx, torch.export or torch.compile."""
+    return torch.jit.is_tracing() or _is_compiling()
+
 
 def unavailable(implementation: str, device: torch.device, dtype: torch.dtype) -> Optional[str]:
     """Why an implementation cannot run for a value of this dtype on this device; None if it can.
@@ -38,6 +47,8 @@ def unavailable(implementation: str, device: torch.device, dtype: torch.dtype) -
     if implementation not in IMPLEMENTATIONS:
         raise ValueError(f"implementation={implementation!r} is not known; use {' or '.join(IMPLEMENTATIONS)}")
     device = torch.device(device)
+    if implementation != "reference" and is_recorded():
+        return "PyTorch makes a graph of what runs (jit.trace, onnx, export or compile), which takes only reference"
     if implementation == "triton":
         from . import triton_kernels
 
@@ -48,7 +59,8 @@ def unavailable(implementation: str, device: torch.device, dtype: torch.dtype) -
 
 
 def select_implementation(device: torch.device, dtype: torch.dtype = torch.float32) -> str:
-    """What runs for a value of this dtype on this device: what the variable ``LLAVA_MMFUSER_SAMPLING`` names, else
+    """What runs for a value of this dtype on this device. Where a graph is being made (see `is_recorded`) that is
+    ``reference``, whose operations every exporter knows; elsewhere what ``LLAVA_MMFUSER_SAMPLING`` names, else
 
     * on the CPU ``embedding_bag``;
     * on CUDA ``triton``, if it is available and agreed with the definition when it was tried on this very device (see
@@ -58,6 +70,8 @@ def select_implementation(device: torch.device, dtype: torch.dtype = torch.float
     Raises:
         ValueError: the variable names an implementation that does not exist or cannot run here.
     """
+    if is_recorded():
+        return "reference"
     device, chosen = torch.device(device), os.environ.get(VARIABLE)
     if not chosen:
         if device.type == "cpu":

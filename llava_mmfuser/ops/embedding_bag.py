@@ -62,9 +62,10 @@ class _Sampling(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: torch.Tensor) -> Tuple[Optional[torch.Tensor], ...]:
         value_shape, offsets_shape = ctx.shapes
-        if not ctx.saved_tensors:  # an empty batch
+        saved = ctx.saved_tensors  # once: activation checkpointing hands each of them out only once
+        if not saved:  # an empty batch
             return grad.new_zeros(value_shape), grad.new_zeros(offsets_shape), grad.new_zeros(offsets_shape[:-1]), None
-        table, index, corners, attention, left, right, top, bottom, *inside = ctx.saved_tensors  # weights of the ends
+        table, index, corners, attention, left, right, top, bottom, *inside = saved  # weights of the ends
         grad = grad.reshape(index.shape[0], -1)
         grad_value = grad_offsets = grad_logits = None
         if ctx.needs_input_grad[0]:

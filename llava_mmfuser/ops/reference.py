@@ -11,13 +11,13 @@ def deformable_sampling(
 ) -> torch.Tensor:
     """See `llava_mmfuser.ops.deformable_sampling`; float32 or float64 only."""
     height, width = grid
-    batch, queries, heads, levels, points, _ = offsets.shape
+    queries, heads, levels = offsets.shape[1:4]  # and not the batch: that of an exported graph is any
     weights = logits.flatten(3).softmax(-1).view_as(logits)
     row, column = cell_positions(grid, offsets)
     size = torch.tensor([width, height], dtype=offsets.dtype, device=offsets.device)
     centre = (torch.stack([column, row], -1) + 0.5).view(1, queries, 1, 1, 1, 2)
     location = 2 * (centre + offsets) / size - 1  # [B, N, heads, L, P, 2], -1 … 1 from edge to edge
-    maps = value.view(batch, levels, height, width, heads, -1)
+    maps = value.unflatten(1, (levels, height, width))
     out = 0
     for level in range(levels):
         level_map = maps[:, level].permute(0, 3, 4, 1, 2).flatten(0, 1)  # [B*heads, D, H, W]
@@ -25,7 +25,7 @@ def deformable_sampling(
         sampled = F.grid_sample(level_map, level_location, mode="bilinear", padding_mode="zeros", align_corners=False)
         level_weights = weights[:, :, :, level].transpose(1, 2).flatten(0, 1)  # [B*heads, N, P]
         out = out + (sampled * level_weights.unsqueeze(1)).sum(-1)  # [B*heads, D, N]
-    return out.view(batch, -1, queries).transpose(1, 2)  # [B, N, heads*D]
+    return out.unflatten(0, (-1, heads)).flatten(1, 2).transpose(1, 2)  # [B, N, heads*D]
 
 
 def cell_positions(grid: Tuple[int, int], like: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor]:
