@@ -26,9 +26,7 @@ def select_tokens(hidden_state: torch.Tensor, select_feature: str) -> torch.Tens
     return hidden_state[:, 1:] if select_feature == "patch" else hidden_state
 
 
-def capture_layers(
-    model: Any, pixel_values: torch.Tensor, layers: Sequence[int], select_feature: str
-) -> torch.Tensor:
+def capture_layers(model: Any, pixel_values: torch.Tensor, layers: Sequence[int], select_feature: str) -> torch.Tensor:
     """Run a `CLIPVisionModel` up to the deepest requested layer and keep only the requested maps.
 
     The maps equal ``model(pixel_values, output_hidden_states=True).hidden_states[i]`` bit for bit; later blocks are not

@@ -21,8 +21,9 @@ class Encoder(torch.nn.Module):
         from llava.model.multimodal_projector.builder import build_vision_projector
 
         self.tower = tower(world, mm_vision_select_layer=LAYERS, **settings)
-        config = projector_config(mm_hidden_size=64, mm_vision_select_layer=LAYERS, **settings)
-        self.projector = build_vision_projector(config)
+        self.projector = build_vision_projector(
+            projector_config(mm_hidden_size=64, mm_vision_select_layer=LAYERS, **settings)
+        )
         with torch.no_grad():
             for parameter in self.projector.parameters():
                 parameter.add_(torch.randn_like(parameter) * 0.2)
@@ -46,19 +47,18 @@ def test_every_kind_can_be_traced(world, settings):
 @pytest.mark.skipif(TORCH < (2, 2), reason="torch.compile of 2.1 makes no objects in a full graph")
 def test_one_graph_under_torch_compile_and_its_gradients(world, inner):
     encoder = Encoder(world, mm_fuser_projector=inner)
-    graph = torch.compile(encoder, fullgraph=True, backend="aot_eager")
-    assert_equal(graph, encoder)
-    parameters = list(encoder.projector.parameters())
-    found, expected = (torch.autograd.grad(call(IMAGES[0]).square().mean(), parameters) for call in (graph, encoder))
-    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4)
+    results = []
+    for call in (torch.compile(encoder, fullgraph=True, backend="aot_eager"), encoder):
+        features = call(IMAGES[0])
+        results.append([features, *torch.autograd.grad(features.square().mean(), encoder.projector.parameters())])
+    torch.testing.assert_close(*results, rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.skipif(TORCH < (2, 5), reason="torch.export of this version has another interface")
-@pytest.mark.parametrize("strict", [False, True])
-def test_torch_export_with_any_batch(world, strict):
+def test_torch_export_with_any_batch(world):
     encoder = Encoder(world).eval()
     sizes = {"images": {0: torch.export.Dim("batch")}}
-    graph = torch.export.export(encoder, IMAGES[:1], dynamic_shapes=sizes, strict=strict).module()
+    graph = torch.export.export(encoder, IMAGES[:1], dynamic_shapes=sizes, strict=False).module()
     assert_equal(graph, encoder)
 
 

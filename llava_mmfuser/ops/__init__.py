@@ -59,8 +59,8 @@ def unavailable(implementation: str, device: torch.device, dtype: torch.dtype) -
 
 
 def select_implementation(device: torch.device, dtype: torch.dtype = torch.float32) -> str:
-    """What runs for a value of this dtype on this device. Where a graph is being made (`is_recorded`) ``reference``,
-    whose operations every exporter knows; elsewhere what the variable ``LLAVA_MMFUSER_SAMPLING`` names, else
+    """What runs for a value of this dtype on this device. Where a graph is being made (see `is_recorded`) that is
+    ``reference``, whose operations every exporter knows; elsewhere what ``LLAVA_MMFUSER_SAMPLING`` names, else
 
     * on the CPU ``embedding_bag``;
     * on CUDA ``triton``, if it is available and agreed with the definition when it was tried on this very device (see
