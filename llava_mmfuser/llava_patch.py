@@ -581,10 +581,11 @@ def _check_output_dir(model_args: Any, training_args: Any, settings: Optional[MM
     if (config is None and not lora) or (settings is None and not fused):
         return
     config = config or {"mm_projector_type": "one without a fuser"}  # plain LLaVA's checkpoints with LoRA have none
-    names = ("mm_projector_type", "tune_mm_mlp_adapter")
-    was = {**{name: config.get(name) for name in names}, "lora_enable": lora}
-    now = {name: getattr(model_args, name) for name in names}
-    now["lora_enable"] = training_args.lora_enable or lora  # a script of one's own may call PEFT without that flag
+    # A script of one's own may call PEFT without LLaVA's flag.
+    was = dict(mm_projector_type=config.get("mm_projector_type"), lora_enable=lora)
+    now = dict(mm_projector_type=model_args.mm_projector_type, lora_enable=training_args.lora_enable or lora)
+    was["tune_mm_mlp_adapter"] = bool(config.get("tune_mm_mlp_adapter"))
+    now["tune_mm_mlp_adapter"] = model_args.tune_mm_mlp_adapter
     if fused and settings is not None:
         before = MMFuserConfig.from_llava(config).resolve(tower)
         name = settings.difference(before)

@@ -340,6 +340,8 @@ MLP = dict(mm_projector_type="mlp2x_gelu", tune_mm_mlp_adapter=False)
         (FUSED, False, dict(mm_fuser_layers="1,7"), "mm_fuser_layers=3,4,5,6,7, but this run has 1,7"),
         (FUSED, False, dict(mm_fuser_num_points=2), "mm_fuser_num_points=4, but this run has 2"),
         (FUSED, False, {}, None),
+        (dict(FUSED, tune_mm_mlp_adapter=None), False, {}, None),
+        (FUSED, True, {}, None),  # LoRA by a script of one's own
         (dict(FUSED, mm_fuser_layers="list-6/-5/-4/-3/-2"), False, {}, None),
         (MLP, False, dict(mm_projector_type="linear"), None),  # upstream's own affair
         (None, True, dict(lora_enable=True, mm_projector_type="mlp2x_gelu"), None),
