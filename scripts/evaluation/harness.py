@@ -94,11 +94,13 @@ def running(command: Sequence[str], **options) -> Iterator[subprocess.Popen]:
     try:
         yield process
     finally:
-        for number, patience in ((signal.SIGTERM, GRACE), (signal.SIGKILL, 0.0)):
+        try:
+            with contextlib.suppress(ProcessLookupError, subprocess.TimeoutExpired):
+                os.killpg(process.pid, signal.SIGTERM)  # a launcher passes it on to its own groups
+                process.wait(GRACE)
+        finally:
             with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, number)
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(patience)
+                os.killpg(process.pid, signal.SIGKILL)
 
 
 def describe(python: Path, names: List[str], include: Optional[str]) -> Dict:
@@ -197,8 +199,6 @@ def _reason(log: str) -> str:
     errors = re.findall(r"^(?:\w+\.)*(\w*(?:Error|Exception|NotFound|IsEnabled)\w*: .*)$", log, re.MULTILINE)
     errors = [error for error in errors if not error.startswith("RetryError")]
     reason = (errors or log.strip().splitlines() or ["no output"])[-1].strip()
-    if "HF_TOKEN" not in log and "LocalTokenNotFoundError" in log:
-        reason += " (HF_TOKEN=…, or huggingface-cli login)"
     return f"NO DATA: {reason}" if re.search(r"in (download|load_dataset)\b", log) else reason
 
 
