@@ -23,8 +23,8 @@ def once(
 ) -> Tuple[Optional[torch.Tensor], ...]:
     """The gradients, computed without a graph from `inputs`, for which a second derivative raises.
 
-    PyTorch's own `once_differentiable` does not know the inputs: `torch.autograd.grad` of chosen tensors passes its error
-    by, and a part of the sum is missing.
+    PyTorch's own `once_differentiable` does not know the inputs: `torch.autograd.grad` of chosen tensors passes its
+    error by, and a part of the sum is missing.
     """
     if not torch.is_grad_enabled():
         return tuple(gradients)
