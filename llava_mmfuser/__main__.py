@@ -256,6 +256,8 @@ def _run(options: argparse.Namespace) -> int:
     try:
         if not os.path.exists(target):
             runpy.run_module(target, run_name="__main__", alter_sys=True)
+        elif os.path.isdir(target) and not os.path.isfile(os.path.join(target, "__main__.py")):
+            raise ImportError("the folder has no __main__.py")  # runpy would run one from elsewhere on the path
         else:
             if not (sys.flags.isolated or getattr(sys.flags, "safe_path", False)):
                 sys.path[0] = os.path.dirname(os.path.abspath(target))
@@ -264,7 +266,7 @@ def _run(options: argparse.Namespace) -> int:
         trace = error.__traceback__
         while trace.tb_next is not None:
             trace = trace.tb_next
-        if trace.tb_frame.f_globals.get("__name__") != "runpy":  # the script's own fault
+        if trace.tb_frame.f_globals.get("__name__") not in ("runpy", __name__):  # the script's own fault
             raise
         _complain("run", f"{target!r} cannot be run as a script or as a module: {error}")
         return 1

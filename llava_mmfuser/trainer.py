@@ -244,7 +244,7 @@ def warn_if_shut(trainer: Any, lr: Optional[float], gates: Dict[str, float]) -> 
         return
     lr = next(value for value in (lr, getattr(args, "mm_projector_lr", None), args.learning_rate) if value is not None)
     left = state.max_steps - state.global_step
-    if lr * left / 2 < REACH and trainer.is_world_process_zero():
+    if left and lr * left / 2 < REACH and trainer.is_world_process_zero():
         logger.warning(
             "the fuser's cross gate is at %.2g after the warm-up, and a learning rate of %g moves it by %.2g at most "
             "in the %d steps left, so that the fuser will change little; recommended is at least one over the number "

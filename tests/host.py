@@ -15,6 +15,7 @@ import warm
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
 CONTROLS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "LLAVA_MMFUSER_DISABLE")
+STARTED_IN = dict(os.environ)  # before a Trainer in this process adds to it
 OF_THE_TESTS = ("PYTEST_CURRENT_TEST", "KMP_DUPLICATE_LIB_OK", "KMP_INIT_AT_FORK")  # set by pytest and by scikit-learn
 
 
@@ -23,7 +24,7 @@ def environment(**extra):
 
     None in `extra` leaves a variable as it is.
     """
-    env = {key: value for key, value in os.environ.items() if key not in CONTROLS + OF_THE_TESTS}
+    env = {key: value for key, value in STARTED_IN.items() if key not in CONTROLS + OF_THE_TESTS}
     env.update(
         HF_HUB_OFFLINE="1",
         TRANSFORMERS_OFFLINE="1",
