@@ -135,7 +135,12 @@ def test_logits_after_reload_equal_those_before_saving(world, folder, pretrained
 def launch(world, output, kind, stage="pretrain", **options):
     """By the real launchers, each rank a fresh process; elsewhere ranks are forked."""
     if kind == "torchrun":
-        return host.train(world, output, stage, launcher=TORCHRUN + [host.free_port()], ddp_backend="gloo", **options)
+        options.update(ddp_backend="gloo")
+        done = host.train(world, output, stage, launcher=TORCHRUN + [host.free_port()], check=False, **options)
+        if "terminate called without an active exception" not in done.stdout:  # gloo's threads, as a rank ends, once in
+            assert done.returncode == 0, done.stdout[-6000:]  # a while: nothing of ours or LLaVA's, so once more
+            return done
+        return host.train(world, output, stage, launcher=TORCHRUN + [host.free_port()], **options)
     options.update(launcher=host.deepspeed_launcher())
     return host.deepspeed(world, output, host.zero(output.parent, int(kind[-1])), stage, **options)
 
