@@ -145,6 +145,19 @@ def test_empty_batches_keep_their_shape_and_gradients():
     assert [tuple(tensor.shape) for tensor in found] == [(0, 12, 16)] + [tuple(tensor.shape) for tensor in tensors]
 
 
+def test_under_activation_checkpointing_and_only_once():
+    tensors = [tensor.requires_grad_() for tensor in inputs(batch=1, grid=(2, 2), levels=1)]
+
+    def sampled():
+        return deformable_sampling(*tensors, (2, 2))
+
+    calls = sampled, lambda: torch.utils.checkpoint.checkpoint(sampled, use_reentrant=False)
+    results = [torch.autograd.grad(call().square().sum(), tensors, create_graph=True) for call in calls]
+    torch.testing.assert_close(*results)
+    with pytest.raises(RuntimeError, match="only once"):
+        torch.autograd.grad(results[0][1].sum(), tensors[0])
+
+
 def test_views_and_expanded_tensors_are_read_right():
     value, offsets, logits = inputs(batch=1)
     views = [

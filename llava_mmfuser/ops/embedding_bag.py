@@ -6,12 +6,12 @@ dot product per corner (`torch.sparse.sampled_addmm`). Both add up in a fixed or
 """
 
 import warnings
-from typing import Any, Optional, Tuple
+from typing import Any, Optional, Sequence, Tuple
 
 import torch
 import torch.nn.functional as F
-from torch.autograd.function import once_differentiable
 
+from .once import once
 from .reference import cell_positions
 
 
@@ -23,17 +23,25 @@ def deformable_sampling(
     Corners outside the map are read as border cells with weight 0, so an infinite value may spread NaN further than
     in the reference.
     """
-    return _Sampling.apply(value, offsets, logits, grid)
+    # Stands for the inputs in the graph of a second derivative; they themselves need not be kept.
+    inputs = value[:0].sum() + offsets[:0].sum() + logits[:0].sum()
+    return _Sampling.apply(value, offsets, logits, grid, inputs)
 
 
 class _Sampling(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, value: torch.Tensor, offsets: torch.Tensor, logits: torch.Tensor, grid: Tuple[int, int]
+        ctx: Any,
+        value: torch.Tensor,
+        offsets: torch.Tensor,
+        logits: torch.Tensor,
+        grid: Tuple[int, int],
+        inputs: torch.Tensor,
     ) -> torch.Tensor:
         batch, queries, heads, levels, points, _ = offsets.shape
         ctx.shapes = value.shape, offsets.shape
         if batch == 0:
+            ctx.save_for_backward(inputs)
             return value.new_zeros(0, queries, heads * value.shape[-1])
         table = value.reshape(batch * levels * queries * heads, -1)
         attention = logits.flatten(3).softmax(-1).view_as(logits)
@@ -54,17 +62,22 @@ class _Sampling(torch.autograd.Function):
                 torch.mul(row_weights, x_weights[right], out=corners[..., 2 * below + right])
         bags = batch * queries * heads
         index, corners = index.view(bags, -1), corners.view(bags, -1)
-        ctx.save_for_backward(table, index, corners, attention, *x_weights, *y_weights, *x_inside, *y_inside)
+        ctx.save_for_backward(inputs, table, index, corners, attention, *x_weights, *y_weights, *x_inside, *y_inside)
         out = F.embedding_bag(index, table, mode="sum", per_sample_weights=corners)
         return out.view(batch, queries, -1)  # [B, N, heads*D]
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: torch.Tensor) -> Tuple[Optional[torch.Tensor], ...]:
+        inputs, *saved = ctx.saved_tensors  # asked for once: activation checkpointing hands them out once
+        with torch.no_grad():
+            gradients = _Sampling.gradients(ctx, grad, saved)
+        return (*once((inputs, grad), gradients), None, None)
+
+    @staticmethod
+    def gradients(ctx: Any, grad: torch.Tensor, saved: Sequence[torch.Tensor]) -> Tuple[Optional[torch.Tensor], ...]:
         value_shape, offsets_shape = ctx.shapes
-        saved = ctx.saved_tensors  # once: activation checkpointing hands each of them out only once
         if not saved:  # an empty batch
-            return grad.new_zeros(value_shape), grad.new_zeros(offsets_shape), grad.new_zeros(offsets_shape[:-1]), None
+            return grad.new_zeros(value_shape), grad.new_zeros(offsets_shape), grad.new_zeros(offsets_shape[:-1])
         table, index, corners, attention, left, right, top, bottom, *inside = saved  # weights of the ends
         grad = grad.reshape(index.shape[0], -1)
         grad_value = grad_offsets = grad_logits = None
@@ -83,7 +96,7 @@ class _Sampling(torch.autograd.Function):
             on_right = (top * top_right).addcmul_(bottom, bottom_right).mul_(right_inside)
             grad_offsets[..., 0] = on_right.sub_(on_left).mul_(attention)
             grad_logits = grad_logits - attention * grad_logits.sum((-2, -1), keepdim=True)
-        return grad_value, grad_offsets, grad_logits, None
+        return grad_value, grad_offsets, grad_logits
 
 
 Ends = Tuple[torch.Tensor, torch.Tensor]

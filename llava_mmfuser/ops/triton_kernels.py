@@ -12,7 +12,8 @@ import shutil
 from typing import Dict, Optional, Tuple
 
 import torch
-from torch.autograd.function import once_differentiable
+
+from .once import once
 
 try:
     import triton
@@ -84,9 +85,14 @@ class _DeformableSampling(torch.autograd.Function):
         return out
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, grad_out):
-        value, offsets, logits = ctx.saved_tensors
+        inputs = ctx.saved_tensors
+        with torch.no_grad():
+            gradients = _DeformableSampling.gradients(ctx, grad_out, *inputs)
+        return (*once((*inputs, grad_out), gradients), None)
+
+    @staticmethod
+    def gradients(ctx, grad_out, value, offsets, logits):
         needs_value, needs_offsets, needs_logits, _ = ctx.needs_input_grad
         atomics = needs_value and not torch.are_deterministic_algorithms_enabled()
         grad_value = grad_offsets = grad_logits = None
@@ -118,7 +124,7 @@ class _DeformableSampling(torch.autograd.Function):
             _launch(_grad_value_kernel, programs, (offsets, logits, grad_out, grad_value), **sizes)
         if needs_value:
             grad_value = grad_value.to(value.dtype)
-        return grad_value, grad_offsets, grad_logits, None
+        return grad_value, grad_offsets, grad_logits
 
 
 def _sizes(value: torch.Tensor, offsets: torch.Tensor, grid: Tuple[int, int]) -> Dict[str, int]:
