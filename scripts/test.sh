@@ -1,12 +1,16 @@
 #!/bin/bash
 # Runs the tests inside real LLaVA installations: a current stack, then the versions LLaVA itself pins.
-#   bash scripts/test.sh [new|pinned|all] [pytest arguments …]      default: all
+#   bash scripts/test.sh [new|pinned|all|quick] [pytest arguments …]      default: all
+# quick: the current stack without the tests marked slow (matrices under DeepSpeed and in bits, launchers, installations).
 # Environments are made below $TEST_ENVS (default .test) and reused while their requirements stay the same.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
 stack=all
-case "${1:-}" in new | pinned | all) stack=$1 && shift ;; esac
+case "${1:-}" in
+new | pinned | all) stack=$1 && shift ;;
+quick) stack=new && shift && set -- -m "not slow" "$@" ;;
+esac
 envs=${TEST_ENVS:-.test}
 python=${PYTHON:-python3}
 llava=llava-torch==1.2.2.post1
@@ -43,8 +47,8 @@ run() { # name, requirements, pytest arguments
         "$envs/$name/bin/ruff" check --quiet llava_mmfuser scripts tests setup.py
     fi
     echo "== $name: tests"
-    OMP_NUM_THREADS=1 "$envs/$name/bin/python" -m pytest -n 2 --dist loadfile -p no:cacheprovider -ra --durations=5 "$@" \
-        tests/test_{routes,trainer,fusion,evaluate}.py tests # the longest first, so that both workers end together
+    OMP_NUM_THREADS=1 "$envs/$name/bin/python" -m pytest -n 2 --dist worksteal -p no:cacheprovider -ra --durations=5 \
+        "$@" tests
 }
 
 if [ "$stack" != pinned ]; then run new "$new" "$@"; fi

@@ -18,6 +18,7 @@ def pytest_configure(config):
     config.addinivalue_line("markers", "bitsandbytes: 4 and 8 bits on the CPU")
     config.addinivalue_line("markers", "gloo_bf16: two ranks on the CPU in bf16")
     config.addinivalue_line("markers", "gpu: needs a CUDA device")
+    config.addinivalue_line("markers", "slow: not in scripts/test.sh quick")
 
 
 def pytest_collection_modifyitems(items):

@@ -42,6 +42,7 @@ def files(environment):
 OLD_TOOLS = ["setuptools==68.2.2", "wheel"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "how,tools",
     [([], []), (["--editable"], []), (["--no-build-isolation", "--editable"], OLD_TOOLS)],

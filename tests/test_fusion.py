@@ -180,6 +180,7 @@ def test_adapter_of_another_fusion_without_weights_is_refused(world, tmp_path):
             )
 
 
+@pytest.mark.slow
 @pytest.mark.deepspeed_cpu
 @pytest.mark.parametrize(
     "flags",

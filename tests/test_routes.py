@@ -42,8 +42,8 @@ TO_AUTHORS = {ours: theirs for theirs, ours in FROM_AUTHORS.items()}
 
 
 MARKS = {
-    **dict.fromkeys(("ZeRO-2", "ZeRO-3"), pytest.mark.deepspeed_cpu),
-    **dict.fromkeys(("QLoRA", "8-bit", "4-bit"), pytest.mark.bitsandbytes),
+    **dict.fromkeys(("ZeRO-2", "ZeRO-3"), (pytest.mark.deepspeed_cpu, pytest.mark.slow)),
+    **dict.fromkeys(("QLoRA", "8-bit", "4-bit"), (pytest.mark.bitsandbytes, pytest.mark.slow)),
     **dict.fromkeys(("load full", "load base+adapter", "load LoRA", "merge"), pytest.mark.fp16_cpu),
 }
 

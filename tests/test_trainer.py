@@ -263,6 +263,7 @@ def zero(kind, stage):
     return pytest.param(kind, stage, marks=pytest.mark.deepspeed_cpu, id=f"{kind} ZeRO-{stage}")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(  # under DeepSpeed as LLaVA's scripts use it
     "kind,level",
     [("full", None), ("lora", None), ("stage 1", None), zero("full", 3), zero("lora", 3), zero("stage 1", 2)],

@@ -258,6 +258,7 @@ def fresh_check():
     ops.try_triton.cache_clear()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", [False, True], ids=["atomics", "deterministic"])
 @pytest.mark.parametrize("dtype", triton_kernels.DTYPES, ids=str)
 def test_right_kernels_pass_the_check_on_the_users_device(dtype, mode, fresh_check, caplog):
@@ -280,6 +281,7 @@ FAULTS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fault", FAULTS)
 def test_wrong_kernels_are_noticed_and_not_used(fault, fresh_check, monkeypatch, caplog):
     class Doubled(torch.autograd.Function):

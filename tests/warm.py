@@ -4,6 +4,7 @@ Four fifths of a tiny run of train.py are such imports. LLaVA and this package a
 those itself, so the hook acts in it as in a fresh process, which is forked before a library has computed anything.
 """
 
+import atexit
 import contextlib
 import json
 import os
@@ -85,6 +86,11 @@ class _Interpreter:
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
             )
+        atexit.register(self._end)
+
+    def _end(self):
+        self.control.close()
+        self.process.wait()
 
     def log(self):
         self._log.seek(0)
