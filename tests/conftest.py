@@ -1,3 +1,4 @@
+import os
 import sys
 from pathlib import Path
 
@@ -38,6 +39,15 @@ def pytest_collection_modifyitems(items):
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _variables():
+    """Trainers, the toy and libraries set variables in this process, which are not for the tests that follow."""
+    before = dict(os.environ)
+    yield
+    os.environ.clear()
+    os.environ.update(before)
 
 
 @pytest.fixture(scope="session")
