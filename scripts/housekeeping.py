@@ -41,6 +41,27 @@ def locked(folder: Path, holder: str) -> Iterator[int]:
         yield file.fileno()
 
 
+@contextlib.contextmanager
+def uninterrupted() -> Iterator[None]:
+    """Within this context SIGINT, SIGTERM and SIGHUP wait; they act as it ends.
+
+    For starting a process: an interrupt inside `subprocess.Popen` would leave one running that nobody knows. Unlike a
+    signal mask, handlers are not inherited by what is started. For the main thread only.
+    """
+    received: List[int] = []
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    waiting = [number for number, handler in before.items() if handler != signal.SIG_IGN]
+    for number in waiting:
+        signal.signal(number, lambda number, _: received.append(number))
+    try:
+        yield
+    finally:
+        for number in waiting:
+            signal.signal(number, before[number])
+        for number in received:
+            signal.raise_signal(number)
+
+
 def stop(processes: Sequence[subprocess.Popen]) -> None:
     """Ask leaders of process groups to end, and kill what is left after `GRACE` or at the second Ctrl-C."""
 

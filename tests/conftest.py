@@ -1,4 +1,7 @@
+import contextlib
 import os
+import signal
+import subprocess
 import sys
 from pathlib import Path
 
@@ -48,6 +51,25 @@ def _variables():
     yield
     os.environ.clear()
     os.environ.update(before)
+
+
+@pytest.fixture
+def interrupted_start(monkeypatch):
+    """Ctrl-C inside `subprocess.Popen`, when a process runs and nobody has it yet; all that were started."""
+    started, before = [], signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    class Interrupted(subprocess.Popen):
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs)
+            started.append(self)
+            signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(subprocess, "Popen", Interrupted)
+    yield started
+    signal.signal(signal.SIGINT, before)
+    for process in started:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
 
 
 @pytest.fixture(scope="session")

@@ -280,6 +280,13 @@ def test_runs_that_do_not_stop_are_killed(tmp_path, monkeypatch):
     wait_for(lambda: is_free(tmp_path))
 
 
+def test_an_interrupt_while_a_run_starts_ends_it(tmp_path, interrupted_start):
+    run = runs.Run("one", (), 0, ("sleep", "60"), tmp_path / "one")
+    with housekeeping.locked(tmp_path, "test") as lock, pytest.raises(KeyboardInterrupt):
+        runs.run_all([run], [None], lock, lambda *_: None, lambda *_: None)
+    assert interrupted_start[0].wait(5) == -signal.SIGTERM
+
+
 def is_free(root):
     with contextlib.suppress(ValueError), housekeeping.locked(root, "test"):
         return True

@@ -16,14 +16,10 @@ from pathlib import Path
 import host
 import numpy as np
 import pytest
+from evaluation import harness, paired
+from evaluation.suites import SUITES
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.append(str(ROOT / "scripts" / "evaluation"))
-
-import harness  # noqa: E402
-import paired  # noqa: E402
-from suites import SUITES  # noqa: E402
-
 ENVIRONMENTS = Path(os.environ.get("EVALUATE_ENV") or Path(sys.prefix) / "evaluate")
 YAML = """
 task: {name}
@@ -196,6 +192,12 @@ def test_missing_data_and_keys_are_named_and_other_suites_go_on(scored):
     assert "data set lmms-lab-encoder/GQA could not be read: " in output and "--include_path DIR" in output
     assert "MM-Vet: OPENAI_API_KEY is not set" in output and "HF_DATASETS_OFFLINE=1" in output
     assert row(output, "GQA") == ["exact_match", "–", "–", "–", "–", "62", "62.8"]
+
+
+def test_an_interrupt_while_a_process_starts_ends_it(interrupted_start):
+    with pytest.raises(KeyboardInterrupt), harness.running(["sleep", "60"]):
+        pass
+    assert interrupted_start[0].wait(5) == -signal.SIGTERM
 
 
 @pytest.mark.fp16_cpu

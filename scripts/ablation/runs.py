@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Callable, Dict, List, Optional, Sequence, Tuple
 
-from housekeeping import stop, write
+from housekeeping import stop, uninterrupted, write
 
 PLACEHOLDERS = ("flags", "seed", "output", "name", "port")
 PACKAGES = ("torch", "transformers", "accelerate", "peft", "deepspeed", "llava", "llava-torch", "llava-mmfuser")
@@ -215,7 +215,8 @@ def run_all(
         while waiting or active:
             while waiting and free:
                 run, gpu = waiting.popleft(), free.popleft()
-                active.append(_start(run, gpu, lock))
+                with uninterrupted():
+                    active.append(_start(run, gpu, lock))
                 started(run, gpu)
             for running in [running for running in active if running.process.poll() is not None]:
                 active.remove(running)

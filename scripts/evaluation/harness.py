@@ -7,7 +7,6 @@ import json
 import os
 import re
 import shutil
-import signal
 import site
 import socket
 import subprocess
@@ -15,6 +14,8 @@ import sys
 import tempfile
 from pathlib import Path
 from typing import Dict, Iterator, List, NamedTuple, Optional, Sequence
+
+from housekeeping import stop, uninterrupted
 
 HARNESS = "lmms-eval==0.7.3"  # needs Python >= 3.10; its wish for transformers >= 4.39.2 is metadata only
 # What its LLaVA model and the tasks in suites.py import. Newer ones of those with a bound broke it or LLaVA.
@@ -26,7 +27,6 @@ REQUIREMENTS = (
 # What of LLaVA's environment must not be shadowed by another version.
 KEPT = "torch torchvision transformers tokenizers accelerate peft numpy pillow safetensors sentencepiece".split()
 INSIDE = Path(__file__).resolve().parent / "inside.py"
-GRACE = 10.0  # seconds between asking a process to stop and killing it
 
 
 def environment(root: Path) -> Path:
@@ -90,17 +90,13 @@ def _scratch(parent: Path, name: str) -> Iterator[Path]:
 @contextlib.contextmanager
 def running(command: Sequence[str], **options) -> Iterator[subprocess.Popen]:
     """A process group that ends with the block: nothing keeps a GPU after Ctrl-C."""
-    process = subprocess.Popen(command, start_new_session=True, stdin=subprocess.DEVNULL, **options)
+    started: List[subprocess.Popen] = []
     try:
-        yield process
+        with uninterrupted():
+            started.append(subprocess.Popen(command, start_new_session=True, stdin=subprocess.DEVNULL, **options))
+        yield started[0]
     finally:
-        try:
-            with contextlib.suppress(ProcessLookupError, subprocess.TimeoutExpired):
-                os.killpg(process.pid, signal.SIGTERM)  # a launcher passes it on to its own groups
-                process.wait(GRACE)
-        finally:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
+        stop(started)  # a launcher passes it on to its own groups
 
 
 def describe(python: Path, names: List[str], include: Optional[str]) -> Dict:
@@ -215,10 +211,3 @@ def answers(target: Path, task: str, metric: str) -> Dict:
     with open(target / f"samples_{task}.jsonl", encoding="utf-8") as lines:
         samples = [json.loads(line) for line in lines]
     return {sample["doc_id"]: sample[metric] for sample in samples if metric in sample}
-
-
-def exit_on_signals() -> None:
-    """SIGTERM, and SIGHUP unless nohup ignores it, end this process as Ctrl-C does: as an exception."""
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        if signal.getsignal(number) != signal.SIG_IGN:
-            signal.signal(number, lambda received, _: sys.exit(128 + received))

@@ -1,0 +1,1 @@
+"""Scoring a checkpoint by lmms-eval; scripts/evaluate.sh starts it."""
