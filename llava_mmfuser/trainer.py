@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from .checkpoint import differences, read_config, read_tensors, save_tensors
-from .config import FLAG_PREFIX, PROJECTOR_TYPE, MMFuserConfig, spell
+from .config import FLAG_PREFIX, PROJECTOR_TYPE, MMFuserConfig, read_setting, spell
 from .fusion import TokenConcat, WeightedSum
 from .projector import MMFuserProjector
 from .resettable import Gate, LayerNorm
@@ -276,16 +276,18 @@ def _check_same_settings(model: nn.Module, checkpoint: str) -> None:
     """Refuse to resume a checkpoint whose fuser has other layers or settings, which its shapes may not show."""
     config = read_config(checkpoint) or {}
     if find_projector(model) is not None and config.get("mm_projector_type") == PROJECTOR_TYPE:
-        settings = MMFuserConfig.from_llava(model.config)
-        before, now = MMFuserConfig.from_llava(config).to_llava(), settings.to_llava()
-        before["mm_fuser_lr"] = config.get("mm_fuser_lr")  # the optimizer's state brings it back
-        now["mm_fuser_lr"] = getattr(model.config, "mm_fuser_lr", None)
-        for name, value in before.items():
-            if value != now[name] and name[len(FLAG_PREFIX) :] not in settings.without_effect:
-                raise ValueError(
-                    f"{checkpoint} was trained with {name}={spell(value)}, but this run has {spell(now[name])}; resume "
-                    f"with the flags of the interrupted run, or choose another output_dir"
-                )
+        before, now = MMFuserConfig.from_llava(config), MMFuserConfig.from_llava(model.config)
+        name = now.difference(before)
+        if name is None:
+            name = "lr"  # the optimizer's state would bring the old one back
+            was, is_now = (read_setting(source, FLAG_PREFIX + name) for source in (config, model.config))
+        else:
+            was, is_now = getattr(before, name), getattr(now, name)
+        if was != is_now:
+            raise ValueError(
+                f"{checkpoint} was trained with {FLAG_PREFIX}{name}={spell(was)}, but this run has {spell(is_now)}; "
+                f"resume with the flags of the interrupted run, or choose another output_dir"
+            )
 
 
 def save_checkpoint(original, self, model, trial, metrics=None):
