@@ -10,10 +10,13 @@ import sys
 import tempfile
 from pathlib import Path
 
-import warm
-
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
+sys.path[:0] = [str(ROOT / "scripts")]  # conftest may not have done so
+
+import warm  # noqa: E402
+from toy.recipe import train_arguments, train_py  # noqa: E402
+
 CONTROLS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "LLAVA_MMFUSER_DISABLE")
 STARTED_IN = dict(os.environ)  # before a Trainer in this process adds to it
 OF_THE_TESTS = ("PYTEST_CURRENT_TEST", "KMP_DUPLICATE_LIB_OK", "KMP_INIT_AT_FORK")  # set by pytest and by scikit-learn
@@ -80,49 +83,6 @@ def run(command, check=True, env=None, cwd=None, timeout=600):
         reason = f"not done after {timeout} s" if late else f"exit {done.returncode}"
         raise AssertionError(f"{' '.join(map(str, command))}\n{reason}\n{done.stdout[-6000:]}")
     return done
-
-
-def train_py():
-    """Path of LLaVA's own train.py, found without importing it."""
-    import importlib.util
-
-    return Path(importlib.util.find_spec("llava").origin).parent / "train" / "train.py"
-
-
-def train_arguments(world, output, stage="pretrain", **options):
-    """LLaVA's v1_5 recipe with tiny sizes; options override or add flags, None drops one."""
-    flags = dict(
-        model_name_or_path=world / "llama",
-        version="plain" if stage == "pretrain" else "v1",
-        data_path=world / "data" / f"{stage}.json",
-        image_folder=world / "data",
-        vision_tower=world / "clip",
-        mm_projector_type="mmfuser",
-        tune_mm_mlp_adapter=stage == "pretrain",
-        mm_vision_select_layer="-2",
-        mm_use_im_start_end=False,
-        mm_use_im_patch_token=False,
-        bf16=True,
-        use_cpu=True,
-        output_dir=output,
-        num_train_epochs=1,
-        per_device_train_batch_size=4,
-        gradient_accumulation_steps=1,
-        save_strategy="no",
-        learning_rate=1e-3 if stage == "pretrain" else 2e-4,
-        weight_decay=0.0,
-        warmup_ratio=0.03,
-        lr_scheduler_type="cosine",
-        logging_steps=1,
-        model_max_length=256,
-        dataloader_num_workers=0,
-        lazy_preprocess=True,
-        report_to="none",
-    )
-    if stage != "pretrain":
-        flags.update(image_aspect_ratio="pad", group_by_modality_length=True)
-    flags.update(options)
-    return [part for name, value in flags.items() if value is not None for part in (f"--{name}", value)]
 
 
 def train(world, output, stage="pretrain", launcher=None, env=None, check=True, **options):

@@ -236,7 +236,8 @@ def test_odd_arguments_are_one_line(tmp_path, monkeypatch, capsys, arguments, me
     (tmp_path / "config.json").write_text("[" * 100000 + "]" * 100000)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setattr("sys.argv", ["llava_mmfuser", *(str(tmp_path) if a == "FOLDER" else a for a in arguments)])
-    monkeypatch.setattr("sys.path", list(sys.path))
+    (tmp_path / "__main__.py").write_text("raise SystemExit('a stranger')")
+    monkeypatch.setattr("sys.path", [*sys.path, str(tmp_path)])
     assert command_line.main() == 1
     out, err = capsys.readouterr()
     assert len((out + err).splitlines()) <= 2 and message in out + err
