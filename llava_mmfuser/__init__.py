@@ -17,7 +17,7 @@ Where things live, from LLaVA inwards:
 __version__ = "0.1.0"
 
 _API = {
-    "MMFuser": "fuser",
+    "MMFuser": "block.mmfuser",
     "MMFuserConfig": "config",
     "MMFuserProjector": "projector",
     "activate": "activation",

@@ -10,12 +10,11 @@ import warnings
 from typing import Any, Callable
 
 from . import activation
+from .block.kinds import MAX_LAYERS, check_count
 from .config import (
     FLAG_PREFIX,
     LAYER_SETS,
-    MAX_LAYERS,
     MMFuserConfig,
-    check_count,
     parse_listed_layers,
     resolve_layers,
     spell,

@@ -9,9 +9,9 @@ from typing import Any, Dict, Iterable, List, Mapping, Optional, Tuple
 
 import torch
 
-from .config import FUSIONS_WITHOUT_WEIGHTS, PROJECTOR_TYPE, MMFuserConfig, is_listed, read_setting, spell
-from .fuser import PUBLISHED_NAMES
-from .fusion import build_fusion
+from .block.kinds import FUSIONS
+from .block.mmfuser import PUBLISHED_NAMES
+from .config import PROJECTOR_TYPE, MMFuserConfig, is_listed, read_setting, spell
 
 MARK = "mm_projector."
 _FROM_OURS = {ours: theirs for theirs, ours in PUBLISHED_NAMES.items()}
@@ -98,7 +98,7 @@ def expected_shapes(settings: MMFuserConfig, mm_hidden_size: int, hidden_size: i
         hidden_size: width of the language model.
     """
     with torch.device("meta"):
-        fuser = build_fusion(settings, mm_hidden_size, hidden_size)
+        fuser = settings.build(mm_hidden_size, hidden_size)
     shapes = {"fuser." + name: tuple(parameter.shape) for name, parameter in fuser.named_parameters()}
     if settings.projector == "linear":
         return {**shapes, "weight": (hidden_size, mm_hidden_size), "bias": (hidden_size,)}
@@ -218,7 +218,8 @@ def matching_adapter(
         raise ValueError(f"{path} does not fit this model's projector: {problems}. It looks like {kind}")
     config = read_config(os.path.dirname(path)) or {}
     of_fuser = is_authors_config(config) or config.get("mm_projector_type") == PROJECTOR_TYPE
-    without = {settings.fusion, config.get("mm_fuser_fusion")} & set(FUSIONS_WITHOUT_WEIGHTS)
+    fusions = (settings.fusion, config.get("mm_fuser_fusion"))
+    without = any(name in FUSIONS and not FUSIONS[name].has_weights for name in fusions)
     has_all = any(name.startswith("fuser.") for name in weights) or without
     if vision_config is not None and of_fuser and has_all:
         trained = MMFuserConfig.from_llava(config).resolve(vision_config)

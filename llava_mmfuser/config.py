@@ -6,26 +6,10 @@ import re
 from dataclasses import dataclass, field
 from typing import Any, Callable, Dict, List, Optional, Tuple, Union
 
+from .block.kinds import ATTENTION_KINDS, FUSIONS, MAX_LAYERS, check_num_heads, check_settings
+
 PROJECTOR_TYPE = "mmfuser"
 NUM_UNIFORM_LAYERS = 5
-MAX_WIDTH = 1 << 17  # the widest language models have an eighth of this
-MAX_LAYERS = 1000  # the deepest ViTs have a few hundred blocks
-# setting -> its largest value: more points than a map has cells, a window beyond the map and a deeper projector would
-# only take memory. num_heads divides the width, too.
-LARGEST = {"num_heads": 1024, "num_points": 256, "window_size": 63}
-# attention kind -> the settings that concern only it; the class is in attention/<kind>.py
-ATTENTION_KINDS = {"deformable": ("num_points",), "dense": (), "window": ("window_size",)}
-# fusion -> whether it starts as an identity, so that a released LLaVA answers as before; the classes are in fusion.py
-FUSIONS = {
-    "mmfuser": True,
-    "mean": False,
-    "sum": False,
-    "weighted_sum": True,
-    "channel_concat": True,
-    "dense_channel": True,
-    "token_concat": False,
-}
-FUSIONS_WITHOUT_WEIGHTS = ("mean", "sum", "token_concat")
 LAYER_SETS = ("uniform", "shallow", "middle", "deep", "all")
 CLIP_TYPES = ("clip", "clip_vision_model")  # model_type of the vision towers that can be hooked
 SPELLINGS = '-2, 3,8,13,18,23, =-22,-17,-12,-7,-2, "3 8 13 18 23", [3,8,13,18,23] or list-22/-17/-12/-7/-2'
@@ -266,18 +250,7 @@ class MMFuserConfig:
                 f"mm_fuser_projector={self.projector!r} is not allowed; use linear or mlpNx_gelu with "
                 f"N from 1 to 99, such as mlp2x_gelu"
             )
-        for name, allowed in (("fusion", FUSIONS), ("attention", ATTENTION_KINDS)):
-            if getattr(self, name) not in tuple(allowed):
-                raise ValueError(f"mm_fuser_{name}={getattr(self, name)!r} is not allowed; use {' or '.join(allowed)}")
-        if not isinstance(self.self_attention, bool):
-            raise ValueError(f"mm_fuser_self_attention={self.self_attention!r} is not allowed; use True or False")
-        for name in ("num_heads", "num_points", "window_size"):
-            check_count(getattr(self, name), LARGEST[name], f"mm_fuser_{name}")
-        if self.window_size % 2 == 0:
-            raise ValueError(
-                f"mm_fuser_window_size={self.window_size} is not allowed; a neighbourhood has a centre, so use an odd "
-                f"number such as {self.window_size + 1}"
-            )
+        check_settings(vars(self))
 
     @property
     def num_layers(self) -> int:
@@ -305,7 +278,7 @@ class MMFuserConfig:
                     f"mm_fuser_{name}={given[name]} has no effect with mm_fuser_{cause}={getattr(self, cause)}; drop it"
                 )
         lr = getattr(arguments, "mm_fuser_lr", None)
-        if lr is not None and self.fusion in FUSIONS_WITHOUT_WEIGHTS:
+        if lr is not None and not FUSIONS[self.fusion].has_weights:
             raise ValueError(f"mm_fuser_lr={lr} has no effect with mm_fuser_fusion={self.fusion}, which has no weights")
         merge_type = getattr(arguments, "mm_patch_merge_type", "flat")
         if self.fusion == "token_concat" and merge_type != "flat":
@@ -313,6 +286,22 @@ class MMFuserConfig:
                 f"mm_patch_merge_type={merge_type} together with mm_fuser_fusion=token_concat is not supported, "
                 f"because its tokens are no single map; use flat"
             )
+
+    def build(self, hidden_size: int, out_features: int) -> Any:
+        """A fresh fusion of these settings.
+
+        Args:
+            hidden_size: width of the feature maps.
+            out_features: width of the first layer of the projector behind it.
+
+        Raises:
+            ValueError: heads that do not divide the width.
+        """
+        from .block.rivals import build_fusion
+
+        names = ("num_heads", "num_points", "attention", "self_attention", "window_size")
+        of_mmfuser = {name: getattr(self, name) for name in names}
+        return build_fusion(self.fusion, hidden_size, self.num_layers, out_features, **of_mmfuser)
 
     def summary(self) -> str:
         """Layers and fusion in a few words."""
@@ -380,24 +369,6 @@ TRAINING_FLAGS = (
 def read_setting(source: Any, name: str) -> Any:
     """A setting of a LLaVA config, a config.json (dict) or `ModelArguments`; None where it is absent."""
     return source.get(name) if isinstance(source, dict) else getattr(source, name, None)
-
-
-def check_count(value: Any, largest: int, setting: str, least: int = 1) -> None:
-    """Raise ValueError unless `value` is a whole number in these bounds."""
-    if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= largest:
-        shown = str(value) if isinstance(value, int) and abs(value) < 1 << 64 else repr(value)[:40]
-        raise ValueError(f"{setting}={shown} is not allowed; use a whole number from {least} to {largest}")
-
-
-def check_num_heads(hidden_size: int, num_heads: int) -> None:
-    """Raise ValueError unless the heads divide the width."""
-    check_count(hidden_size, MAX_WIDTH, "hidden_size")
-    if hidden_size % num_heads:
-        allowed = [n for n in range(1, min(hidden_size, 64) + 1) if hidden_size % n == 0]
-        raise ValueError(
-            f"mm_fuser_num_heads={num_heads} does not divide the feature width {hidden_size}; "
-            f"use one of {', '.join(map(str, allowed))}"
-        )
 
 
 def check_tower(config: Any, vision_config: Any) -> None:

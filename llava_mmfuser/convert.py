@@ -15,9 +15,9 @@ from typing import Any, Dict, List, Mapping, Optional, Tuple
 import torch
 
 from . import __version__, writing
+from .block.kinds import FUSIONS
 from .checkpoint import MARK, Shapes, compare, convert_hint, from_published, is_authors_config, to_published
-from .config import FLAG_PREFIX, FUSIONS, PROJECTOR_TYPE, MMFuserConfig, parse_layers, parse_listed_layers, spell
-from .fusion import build_fusion
+from .config import FLAG_PREFIX, PROJECTOR_TYPE, MMFuserConfig, parse_layers, parse_listed_layers, spell
 from .inspection import (
     DTYPES,
     LORA,
@@ -129,7 +129,7 @@ def upgrade(
     config.update(mm_projector_type=PROJECTOR_TYPE, mm_hidden_size=tower.hidden_size, **resolved.to_llava())
     config["mm_vision_select_layer"] = parse_layers(config["mm_vision_select_layer"])  # an int, if it was a text
     _check_weights(checkpoint, projector_shapes(config, resolved), fuser=False)
-    fresh = build_fusion(resolved, tower.hidden_size, config["hidden_size"]).state_dict()
+    fresh = resolved.build(tower.hidden_size, config["hidden_size"]).state_dict()
     link, notes = _may_link(link, source, out)
     steps = []
     for label, weights in checkpoint.projectors().items():
@@ -167,8 +167,8 @@ def _upgrade_settings(
         raise ValueError("config.json has no mm_vision_tower; give --vision-tower PATH")
     settings = MMFuserConfig(**given)
     settings.refuse_useless(given)
-    if not FUSIONS[settings.fusion]:
-        allowed = " or ".join(name for name, is_identity in FUSIONS.items() if is_identity)
+    if not FUSIONS[settings.fusion].starts_as_identity:
+        allowed = " or ".join(name for name, row in FUSIONS.items() if row.starts_as_identity)
         raise ValueError(
             f"mm_fuser_fusion={settings.fusion} does not start as an identity, so the upgraded checkpoint would answer "
             f"otherwise; use {allowed}, or train with it"

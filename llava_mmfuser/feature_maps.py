@@ -11,10 +11,11 @@ import torch
 from PIL import Image
 from torch import nn
 
+from .block.fusion import Fusion
+from .block.kinds import FUSIONS
 from .checkpoint import MARK, differences, is_authors_config, read_config, rename_published
 from .config import (
     CLIP_TYPES,
-    FUSIONS_WITHOUT_WEIGHTS,
     LAYER_SETS,
     PROJECTOR_TYPE,
     MMFuserConfig,
@@ -22,21 +23,20 @@ from .config import (
     parse_layers,
     parse_listed_layers,
 )
-from .fusion import ChannelConcat, build_fusion
 from .inspection import read_checkpoint, read_tensor, settings_of, tower_config
-from .vision import capture_layers
+from .towers import capture_layers
 
 _TOWER_MARK = "vision_tower.vision_tower."
 Box = Tuple[float, float, float, float]
 
 
 class Model(NamedTuple):
-    """A vision tower and a fuser, `MMFuser` or another module of `fusion`."""
+    """A vision tower and a fuser, `MMFuser` or one of its rivals."""
 
     label: str
     tower: Any  # transformers' CLIPVisionModel
     processor: Any  # its CLIPImageProcessor
-    fuser: nn.Module
+    fuser: Fusion
     settings: MMFuserConfig  # with explicit layers
     aspect_ratio: Optional[str]  # LLaVA's image_aspect_ratio
     notes: List[str]  # what the user should know, one line each
@@ -111,14 +111,14 @@ def read_model(
     settings = settings.resolve(tower_settings, "--layers" if layers is not None else layers_setting(config))
     label, folders, notes = os.path.basename(os.path.abspath(path)), [path] + [base] * bool(base), []
 
-    fuser = build_fusion(settings, tower_settings.hidden_size, config.get("hidden_size", tower_settings.hidden_size))
+    fuser = settings.build(tower_settings.hidden_size, config.get("hidden_size", tower_settings.hidden_size))
     weights, source = _stored(folders, MARK, "fuser.") if _has_fuser(config) else ({}, "")
     if weights:
         _load(fuser, weights, source)
         notes.append(f"fuser: {len(weights)} tensors from {source}")
-        if isinstance(fuser, ChannelConcat):
+        if fuser.acts_in_first_layer:
             notes.append(f"fuser: {settings.fusion} acts in the projector's first layer; the map is the query's")
-    elif settings.fusion in FUSIONS_WITHOUT_WEIGHTS:
+    elif not FUSIONS[settings.fusion].has_weights:
         notes.append(f"fuser: {settings.fusion}, which has no weights")
     else:
         notes.append(f"fuser: no weights in {' or '.join(folders)}; a fresh one is shown, which is the identity")
@@ -163,7 +163,8 @@ def feature_maps(model: Model, picture: Image.Image, at: Optional[Tuple[float, f
     indices = model.settings.layers
     flat = capture_layers(model.tower, pixels.to(model.tower.device), indices, "patch")  # [1, N, L*C]
     layers = flat.unflatten(-1, (len(indices), -1)).unbind(-2)
-    fused, offsets, logits = _fuse(model.fuser, layers)
+    fused = model.fuser(layers)
+    seen = None if cell is None else model.fuser.samples(layers)
     maps = FeatureMaps(
         picture,
         model.label,
@@ -174,15 +175,13 @@ def feature_maps(model: Model, picture: Image.Image, at: Optional[Tuple[float, f
         at,
         cell,
     )
-    if cell is None or offsets is None:
+    if seen is None:
         return maps
     row, column = cell
-    shape = (model.settings.num_heads, len(indices) - 1, model.settings.num_points)
-    weights = logits[0, row * side + column].view(shape[0], -1).softmax(-1).view(shape)
-    offsets = offsets[0, row * side + column].view(*shape, 2).cpu().numpy()  # in cells, from the centre of the query's
+    places, weights = (of_all[0, row * side + column].cpu().numpy() for of_all in seen)
     corner, extent = np.array(box[:2]), np.array(box[2:]) - np.array(box[:2])
-    samples = corner + (np.array([column, row]) + 0.5 + offsets) / side * extent
-    return maps._replace(samples=samples.astype(np.float32), weights=weights.cpu().numpy())
+    samples = corner + (places + 0.5) / side * extent
+    return maps._replace(samples=samples.astype(np.float32), weights=weights)
 
 
 def preprocess(picture: Image.Image, processor: Any, aspect_ratio: Optional[str]) -> Tuple[torch.Tensor, Box]:
@@ -228,24 +227,6 @@ def _cell(at: Tuple[float, float], box: Box, side: int) -> Tuple[int, int]:
             f"choose x from {left:g} to {right:g} and y from {top:g} to {bottom:g}"
         )
     return row, column
-
-
-def _fuse(
-    fuser: nn.Module, layers: Sequence[torch.Tensor]
-) -> Tuple[torch.Tensor, Optional[torch.Tensor], Optional[torch.Tensor]]:
-    """What the fuser returns, and the offsets and logits that its cross-attention computed; None for another kind."""
-    seen: Dict[str, torch.Tensor] = {}
-    attention, hooks = getattr(fuser, "cross_attn", None), []
-    for name in ("sampling_offsets", "attention_weights"):
-        module = getattr(attention, name, None)
-        if isinstance(module, nn.Module):
-            hooks.append(module.register_forward_hook(lambda _, args, out, name=name: seen.__setitem__(name, out)))
-    try:
-        fused = fuser(layers)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return fused, seen.get("sampling_offsets"), seen.get("attention_weights")
 
 
 def _read_config(path: str) -> Mapping[str, Any]:

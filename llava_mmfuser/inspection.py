@@ -16,6 +16,7 @@ from typing import Any, Dict, Iterable, Iterator, List, Mapping, NamedTuple, Opt
 
 import torch
 
+from .block.kinds import ATTENTION_KINDS, FUSIONS, MAX_LAYERS, MAX_WIDTH, check_count
 from .checkpoint import (
     MARK,
     Shapes,
@@ -33,23 +34,17 @@ from .checkpoint import (
     without_wrapper,
 )
 from .config import (
-    ATTENTION_KINDS,
     CLIP_TYPES,
     FLAG_PREFIX,
-    FUSIONS,
-    FUSIONS_WITHOUT_WEIGHTS,
-    MAX_LAYERS,
-    MAX_WIDTH,
     PROJECTOR_TYPE,
     MMFuserConfig,
-    check_count,
     check_order,
     check_tower,
     layers_setting,
     parse_layers,
     spell,
 )
-from .vision import SELECT_FEATURES
+from .towers import SELECT_FEATURES
 
 _MODELS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 _ADAPTERS = ("mm_projector.bin", "non_lora_trainables.bin")
@@ -498,7 +493,7 @@ def _fit_lines(config: Mapping[str, Any], projectors: Mapping[str, Mapping[str, 
         problem = misfit(config, weights)
         if problem:
             raise ValueError(f"{label}: {problem}")
-        has_weights = settings.fusion not in FUSIONS_WITHOUT_WEIGHTS
+        has_weights = FUSIONS[settings.fusion].has_weights
         if fused and has_weights and not any(name.startswith("fuser.") for name in weights):
             yield f"warning: {label} has no weights of the fuser, which starts as the identity"
     if fused:

@@ -33,7 +33,8 @@ def status() -> Dict[str, Any]:
     }
     with contextlib.redirect_stdout(sys.stderr):
         try:
-            from . import llava_patch, ops
+            from . import llava_patch
+            from .block.sampling import select_implementation
         except _BROKEN as error:
             found["reason"] = f"{explain(error)}; this is the environment {sys.prefix}"
             return found
@@ -54,7 +55,7 @@ def status() -> Dict[str, Any]:
         found["llava"] = folder_of(llava_patch.ESSENTIAL)
         for device in ("cpu", "cuda"):
             try:
-                found["implementations"][device] = ops.select_implementation(device)
+                found["implementations"][device] = select_implementation(device)
             except Exception as error:
                 found["implementations"][device] = explain(error)
     return found

@@ -16,6 +16,9 @@ from types import SimpleNamespace
 from typing import Any, Dict, Optional, Sequence, Tuple
 
 from . import trainer
+from .block.kinds import FUSIONS
+from .block.leaves import Resettable, materialize, own_random_state, reset
+from .block.sampling import select_implementation
 from .checkpoint import (
     convert_hint,
     has_fuser,
@@ -27,8 +30,6 @@ from .checkpoint import (
 )
 from .config import (
     FLAG_PREFIX,
-    FUSIONS,
-    FUSIONS_WITHOUT_WEIGHTS,
     PROJECTOR_TYPE,
     MMFuserConfig,
     check_arguments,
@@ -53,11 +54,9 @@ from .inspection import (
     read_weights,
     tower_config,
 )
-from .ops import select_implementation
 from .patching import Patch, check_row, folder_of, replace, restore
 from .projector import MMFuserProjector
-from .resettable import Resettable, materialize, own_random_state, reset
-from .vision import return_layers
+from .towers import return_layers
 
 logger = logging.getLogger("llava_mmfuser")
 SEED = "mm_fuser_seed"  # of the run, on `ModelArguments`; no flag
@@ -134,7 +133,7 @@ def _initialize_vision_modules(original, self, model_args, fsdp=None):
                 reset(projector.fuser, projector.missing if fused else dict(projector.fuser.named_parameters()))
         if weights is not None:
             projector.load_state_dict(weights)
-            source = adapter if projector.num_loaded or settings.fusion in FUSIONS_WITHOUT_WEIGHTS else source
+            source = adapter if projector.num_loaded or not FUSIONS[settings.fusion].has_weights else source
     _report(projector, settings, source)
 
 
@@ -446,7 +445,7 @@ def _check_arguments(arguments: Any) -> None:
 def _brings_fuser(arguments: Any) -> bool:
     """Whether `ModelArguments` name weights of a fuser, or it cannot be known yet (a name on the Hub)."""
     adapter, path = arguments.pretrain_mm_mlp_adapter, arguments.model_name_or_path
-    if MMFuserConfig.from_llava(arguments).fusion in FUSIONS_WITHOUT_WEIGHTS:
+    if not FUSIONS[MMFuserConfig.from_llava(arguments).fusion].has_weights:
         return True
     if adapter is not None and any(name.startswith(("fuser.", "0.gamma")) for name in read_adapter(adapter)):
         return True
@@ -674,7 +673,7 @@ def _report(projector: MMFuserProjector, settings: MMFuserConfig, source: Any, m
         settings.projector,
         weights,
     )
-    if not FUSIONS[settings.fusion] and source is None:
+    if not FUSIONS[settings.fusion].starts_as_identity and source is None:
         logger.warning(
             "mm_fuser_fusion=%s does not start as an identity: a released LLaVA answers otherwise until it is trained",
             settings.fusion,

@@ -9,10 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from .block.fusion import Fusion
+from .block.leaves import Resettable, own_random_state
 from .checkpoint import MARK, Shapes, compare, rename_published, without_wrapper
 from .config import MMFuserConfig
-from .fusion import ChannelConcat, build_fusion
-from .resettable import Resettable, own_random_state
 
 logger = logging.getLogger("llava_mmfuser")
 
@@ -29,11 +29,11 @@ class MMFuserProjector(Resettable, nn.Module):
     in_features is C. It is no `nn.Sequential`, whose items, run in turn, would be all of it.
 
     Args:
-        fuser: `MMFuser` or another module of `fusion`.
+        fuser: `MMFuser` or one of its rivals.
         projector: what LLaVA's `build_vision_projector` returns for ``linear`` or ``mlpNx_gelu``.
     """
 
-    def __init__(self, fuser: nn.Module, projector: nn.Module):
+    def __init__(self, fuser: Fusion, projector: nn.Module):
         super().__init__()
         for name, child in projector.named_children():
             self.add_module(name, child)
@@ -57,7 +57,7 @@ class MMFuserProjector(Resettable, nn.Module):
         """
         first = projector if isinstance(projector, nn.Linear) else projector[0]
         with own_random_state():
-            fuser = build_fusion(settings, hidden_size, first.out_features)
+            fuser = settings.build(hidden_size, first.out_features)
         return cls(fuser, projector)
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
@@ -68,7 +68,7 @@ class MMFuserProjector(Resettable, nn.Module):
                 passes the fuser unchanged.
 
         Returns:
-            [B, N, D] or [B, 1+N, D], D the width of the language model; `fusion.TokenConcat` makes L*N of N.
+            [B, N, D] or [B, 1+N, D], D the width of the language model; `block.rivals.TokenConcat` makes L*N of N.
 
         Raises:
             ValueError: a channel count that is not L*C, or a token count that is neither a square nor one more.
@@ -90,7 +90,7 @@ class MMFuserProjector(Resettable, nn.Module):
             fused = torch.cat([layers[-1][:, :1], fused], dim=1)
         first, *others = list(self._adopted().values()) or [None]
         fused = F.linear(fused, self.weight, self.bias) if first is None else first(fused)
-        if isinstance(fuser, ChannelConcat):
+        if fuser.acts_in_first_layer:
             extra = fuser.to_first_layer(patches).to(fused.dtype)
             fused = fused + F.pad(extra, (0, 0, int(has_cls), 0))
         for child in others:

@@ -14,11 +14,11 @@ from typing import Any, ContextManager, Dict, Iterable, Iterator, Optional, Tupl
 import torch
 from torch import nn
 
+from .block.fusion import Fusion
+from .block.leaves import Gate
 from .checkpoint import differences, read_config, read_tensors, save_tensors
 from .config import FLAG_PREFIX, PROJECTOR_TYPE, MMFuserConfig, read_setting, spell
-from .fusion import TokenConcat, WeightedSum
 from .projector import MMFuserProjector
-from .resettable import Gate, LayerNorm
 
 logger = logging.getLogger("llava_mmfuser")
 
@@ -72,7 +72,7 @@ def regroup(optimizer: torch.optim.Optimizer, fuser: nn.Module, lr: Optional[flo
         id(parameter)
         for module in fuser.modules()
         for name, parameter in module.named_parameters(recurse=False)
-        if name == "bias" or isinstance(module, (Gate, LayerNorm, WeightedSum))
+        if name == "bias" or not getattr(module, "decays", True)
     }
     added: Dict[Tuple[float, float], Dict[str, Any]] = {}
     for group in optimizer.param_groups:
@@ -93,7 +93,7 @@ def regroup(optimizer: torch.optim.Optimizer, fuser: nn.Module, lr: Optional[flo
         optimizer.add_param_group(group)
 
 
-def check_trained(fuser: nn.Module, trained: Iterable[nn.Parameter]) -> None:
+def check_trained(fuser: Fusion, trained: Iterable[nn.Parameter]) -> None:
     """Refuse to train around a fuser that is an identity and would stay one; say so where a trained one is kept.
 
     Args:
@@ -103,14 +103,12 @@ def check_trained(fuser: nn.Module, trained: Iterable[nn.Parameter]) -> None:
     Raises:
         ValueError: the parameter that every change of the output passes through is zero, and the optimizer lacks it.
     """
-    names = "cross_gate.scale", "scale", "extra.weight"  # of MMFuser, weighted_sum, channel_concat and dense_channel
-    gate = next((parameter for name, parameter in fuser.named_parameters() if name in names), None)
+    gate = fuser.gate()
     trained = {id(parameter) for parameter in trained}
     if gate is None or id(gate) in trained:
         return
     with gathered([gate]):
-        value = gate.detach()
-        identity = not (value[:-1] if isinstance(fuser, WeightedSum) else value).any()
+        identity = fuser.is_identity()
     if identity:
         raise ValueError(UNTRAINED)
     if not any(id(parameter) in trained for parameter in fuser.parameters()):
@@ -131,10 +129,10 @@ def check_token_budget(model: nn.Module, projector: MMFuserProjector) -> None:
         ValueError: one image has at least as many tokens as a sequence may have.
     """
     limit = getattr(model.config, "tokenizer_model_max_length", None)
-    if limit is None or not isinstance(projector.fuser, TokenConcat):
+    if limit is None or projector.fuser.num_tokens(1) == 1:
         return
     tower = next(module for module in model.modules() if hasattr(module, "select_layer"))
-    tokens = tower.num_patches * projector.fuser.num_layers
+    tokens = projector.fuser.num_tokens(tower.num_patches)
     if tokens >= limit:
         raise ValueError(
             f"model_max_length={limit}, but mm_fuser_fusion=token_concat makes {tokens} tokens of one image "

@@ -162,7 +162,7 @@ def transformers_op() -> Callable:
 
 def bench_op(rounds: int, dtype: torch.dtype, batch: int, grid: Any = GRID) -> List[Row]:
     """(a) the sampling op, value already projected: transformers' `grid_sample` per level, ours, and every other."""
-    from llava_mmfuser.ops import IMPLEMENTATIONS, deformable_sampling, unavailable
+    from llava_mmfuser.block.sampling import IMPLEMENTATIONS, deformable_sampling, unavailable
 
     inputs = sampling_inputs(batch, grid, dtype)
     calls = {TRANSFORMERS: partial(transformers_op(), *inputs, grid)}
@@ -191,7 +191,7 @@ def fuser_and_layers(batch: int, dtype: torch.dtype, grid: Any = GRID):
 
 def on(sampling: Callable, call: Callable[[], Any]) -> Callable[[], Any]:
     """`call` with the sampling of every attention replaced."""
-    from llava_mmfuser.attention import deformable
+    from llava_mmfuser.block import deformable
 
     def run():
         with mock.patch.object(deformable, "deformable_sampling", sampling):
@@ -211,7 +211,7 @@ def vit_block(dtype: torch.dtype) -> torch.nn.Module:
 
 def bench_fuser(rounds: int, dtype: torch.dtype, batch: int) -> List[Row]:
     """(b) the whole block against itself on `grid_sample`, transformers' and ours, and against one ViT-L block."""
-    from llava_mmfuser import ops
+    from llava_mmfuser.block import sampling as ops
 
     fuser, layers = fuser_and_layers(batch, dtype)
     block = vit_block(dtype)
@@ -302,8 +302,8 @@ def bench_step(rounds: int, dtype: torch.dtype, batch: int, paths: Any) -> List[
 def bench_growth(rounds: int, dtype: torch.dtype, batches: List[int], sides: List[int]) -> List[Row]:
     """(e) the fuser's forward against batch size and number of tokens, with a line fitted through each; then each
     attention kind against the number of tokens, with a power fitted."""
-    from llava_mmfuser.attention import build_attention
-    from llava_mmfuser.config import ATTENTION_KINDS
+    from llava_mmfuser.block.attention import build_attention
+    from llava_mmfuser.block.kinds import ATTENTION_KINDS
 
     rows = []
     for name, cases in (

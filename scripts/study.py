@@ -19,7 +19,7 @@ from toy.probe import probe
 from toy.whitening import fit_whitening, whitened
 from toy.world import SIZES, make_world
 
-from llava_mmfuser.config import FUSIONS_WITHOUT_WEIGHTS
+from llava_mmfuser.block.kinds import FUSIONS
 
 FUSER = {"mm_projector_type": "mmfuser", "mm_fuser_num_heads": 4, "mm_fuser_num_points": 2}
 PLAIN = {"mm_projector_type": "mlp2x_gelu"}
@@ -125,7 +125,7 @@ class Study:
     def _train(self, arm: str, trial: Trial, seed: int, folder: Path) -> dict:
         losses, gates, seconds, adapter = [], [], 0.0, None
         flags = self.arms[arm].flags
-        weightless = flags.get("mm_fuser_fusion") in FUSIONS_WITHOUT_WEIGHTS
+        weightless = not FUSIONS[flags.get("mm_fuser_fusion", "mmfuser")].has_weights
         own = "mm_fuser_lr" if flags["mm_projector_type"] == "mmfuser" and not weightless else "mm_projector_lr"
         given = {**recipe.DEMO, **flags, "learning_rate": trial[0], own: trial[0] * trial[1]}
         for stage in recipe.STAGES:

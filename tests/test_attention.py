@@ -6,8 +6,8 @@ import torch
 from test_fuser import HALF_TOLERANCE, awake, close, maps
 
 from llava_mmfuser import MMFuser
-from llava_mmfuser.attention import build_attention
-from llava_mmfuser.config import ATTENTION_KINDS
+from llava_mmfuser.block.attention import build_attention
+from llava_mmfuser.block.kinds import ATTENTION_KINDS
 
 OTHERS = {"dense": dict(), "window": dict(window_size=3)}
 

@@ -8,7 +8,7 @@ import host
 import pytest
 import torch
 
-from llava_mmfuser import ops
+from llava_mmfuser.block import sampling as ops
 
 
 @pytest.fixture(autouse=True)
@@ -19,7 +19,7 @@ def small(monkeypatch):
 
 
 def test_transformers_op_is_the_same_function():
-    from llava_mmfuser.ops import deformable_sampling
+    from llava_mmfuser.block.sampling import deformable_sampling
 
     inputs = benchmark.sampling_inputs(2, (4, 4), torch.float32)
     found, expected = benchmark.transformers_op()(*inputs, (4, 4)), deformable_sampling(*inputs, (4, 4))

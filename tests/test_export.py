@@ -7,7 +7,7 @@ import torch
 from conftest import TORCH
 from test_llava import projector_config, tower
 
-from llava_mmfuser.config import ATTENTION_KINDS, FUSIONS
+from llava_mmfuser.block.kinds import ATTENTION_KINDS, FUSIONS
 
 pytestmark = pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore::DeprecationWarning")
 LAYERS = (1, 3)

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from llava_mmfuser import MMFuser
-from llava_mmfuser.config import ATTENTION_KINDS
+from llava_mmfuser.block.kinds import ATTENTION_KINDS
 
 # bf16 and fp16 against float64 on the same rounded inputs and weights: largest deviation relative to the largest value.
 HALF_TOLERANCE = {torch.bfloat16: 8e-3, torch.float16: 1e-3}
@@ -77,7 +77,7 @@ def test_half_types_stay_within_the_table(dtype, training):
 def test_attention_equals_transformers_deformable_detr(levels):
     from transformers.models.deformable_detr.modeling_deformable_detr import multi_scale_deformable_attention
 
-    from llava_mmfuser.attention.deformable import DeformableAttention
+    from llava_mmfuser.block.deformable import DeformableAttention
 
     side, heads, points, width = 5, 4, 4, 32
     attention = awake(DeformableAttention(width, levels, heads, points).double())

@@ -10,8 +10,9 @@ from safetensors.torch import load_file
 from test_training import answer
 from transformers import CLIPVisionConfig
 
+from llava_mmfuser.block.kinds import FUSIONS
 from llava_mmfuser.checkpoint import expected_shapes, matching_adapter
-from llava_mmfuser.config import FUSIONS, MMFuserConfig
+from llava_mmfuser.config import MMFuserConfig
 from llava_mmfuser.projector import MMFuserProjector
 
 SIMPLE = [name for name in FUSIONS if name != "mmfuser"]
@@ -76,7 +77,7 @@ def test_exactly_those_start_as_identity_that_say_so(fusion, dtype):
     layers = [torch.randn(2, 9, 8, dtype=dtype) for _ in range(3)]
     out, expected = fused(torch.cat(layers, -1)), inner(layers[-1])
     assert out.dtype == dtype
-    assert (out.shape == expected.shape and torch.equal(out, expected)) == FUSIONS[fusion]
+    assert (out.shape == expected.shape and torch.equal(out, expected)) == FUSIONS[fusion].starts_as_identity
 
 
 @pytest.mark.parametrize("fusion", SIMPLE)
@@ -124,7 +125,7 @@ def test_trains_saves_reloads_and_answers_through_upstreams_scripts(world, tmp_p
     pretrained, finetuned = tmp_path / "llava-pretrain", tmp_path / "llava-finetune"
     flags = {**flags, "mm_fuser_layers": "shallow"}
     done = host.train(world, pretrained, **flags)
-    is_identity = FUSIONS[flags.get("mm_fuser_fusion", "mmfuser")]
+    is_identity = FUSIONS[flags.get("mm_fuser_fusion", "mmfuser")].starts_as_identity
     assert ("does not start as an identity" in done.stdout) != is_identity
     adapter = pretrained / "mm_projector.bin"
     done = host.train(world, finetuned, "finetune", pretrain_mm_mlp_adapter=adapter, **flags)

@@ -18,7 +18,7 @@ from llava.model.multimodal_projector.builder import build_vision_projector
 from torch.utils.checkpoint import checkpoint
 
 from llava_mmfuser import MMFuser, MMFuserProjector, patching
-from llava_mmfuser.config import ATTENTION_KINDS, FUSIONS
+from llava_mmfuser.block.kinds import ATTENTION_KINDS, FUSIONS
 from llava_mmfuser.llava_patch import PATCHES
 
 
@@ -283,7 +283,7 @@ def test_published_adapter_loads():
 @pytest.mark.parametrize(
     "settings",
     [dict(mm_fuser_attention=kind) for kind in ATTENTION_KINDS]
-    + [dict(mm_fuser_fusion=fusion) for fusion, is_identity in FUSIONS.items() if is_identity and fusion != "mmfuser"],
+    + [dict(mm_fuser_fusion=name) for name, row in FUSIONS.items() if row.starts_as_identity and name != "mmfuser"],
     ids=lambda settings: next(iter(settings.values())),
 )
 def test_released_checkpoint_answers_identically_after_the_switch(world, settings):
@@ -301,7 +301,7 @@ def test_released_checkpoint_answers_identically_after_the_switch(world, setting
         assert torch.equal(released(ids, images=IMAGES[:2]).logits, switched(ids, images=IMAGES[:2]).logits)
 
 
-@pytest.mark.parametrize("fusion", [fusion for fusion, is_identity in FUSIONS.items() if not is_identity])
+@pytest.mark.parametrize("fusion", [fusion for fusion, row in FUSIONS.items() if not row.starts_as_identity])
 def test_fusions_that_are_no_identity_say_so_in_front_of_a_released_checkpoint(world, caplog, fusion):
     logging.getLogger("llava_mmfuser").addHandler(caplog.handler)
     model = model_with(world, mm_projector_type="mlp2x_gelu")

@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from llava_mmfuser.ops import IMPLEMENTATIONS, deformable_sampling, select_implementation, unavailable
+from llava_mmfuser.block.sampling import IMPLEMENTATIONS, deformable_sampling, select_implementation, unavailable
 
 PYTORCH = [name for name in IMPLEMENTATIONS if name != "triton"]  # which has its own file
 FAST = [name for name in PYTORCH if name != "reference"]
@@ -176,7 +176,7 @@ def test_implementation_that_cannot_run_here_is_refused_by_name():
 
 def test_predicate_and_unknown_names(monkeypatch):
     assert select_implementation(torch.device("cpu")) == "embedding_bag"
-    monkeypatch.setattr("llava_mmfuser.ops.triton_kernels.unavailable", lambda device, dtype: "no CUDA device")
+    monkeypatch.setattr("llava_mmfuser.block.sampling_triton.unavailable", lambda device, dtype: "no CUDA device")
     assert select_implementation(torch.device("cuda"), torch.bfloat16) == "reference"
     with pytest.raises(ValueError, match="implementation='quick' is not known; use reference or embedding_bag"):
         deformable_sampling(*inputs(), (5, 5), "quick")

@@ -1,7 +1,10 @@
 """Promises about the source tree itself."""
 
 import ast
+import os
+import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -10,61 +13,84 @@ from llava_mmfuser.llava_patch import PATCHES
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "llava_mmfuser"
-LEVELS = {
-    "__init__": 11,
-    "__main__": 10,
-    "installation": 9,
-    "llava_patch": 8,
-    "visualize": 8,
-    "convert": 8,
-    "trainer": 7,
-    "feature_maps": 7,
-    "writing": 7,
-    "projector": 6,
-    "inspection": 6,
-    "checkpoint": 5,
-    "fusion": 4,
-    "vision": 4,
-    "fuser": 3,
-    "attention": 2,
-    "ops": 1,
-    "resettable": 0,
-    "config": 0,
-    "pictures": 0,
-    "activation": 0,
-    "patching": 0,
+# room -> the rooms it may import from; a file at the front door is a room of its own
+ROOMS = {
+    "block": {},
+    "config": {"block"},
+    "patching": {},
+    "activation": {"llava_patch"},
+    "towers": {"block", "patching"},
+    "checkpoint": {"block", "config"},
+    "projector": {"block", "config", "checkpoint"},
+    "inspection": {"block", "config", "checkpoint", "towers"},
+    "writing": {"inspection"},
+    "convert": {"block", "config", "checkpoint", "inspection", "writing", "__init__"},
+    "trainer": {"block", "config", "checkpoint", "projector"},
+    "llava_patch": {"block", "config", "patching", "towers", "checkpoint", "inspection", "projector", "trainer"},
+    "installation": {"block", "llava_patch", "patching"},
+    "pictures": {},
+    "feature_maps": {"block", "config", "towers", "checkpoint", "inspection"},
+    "visualize": {"feature_maps", "pictures"},
+    "__main__": {"activation", "block", "config", "installation", "inspection", "convert", "visualize"},
+    "__init__": {},
 }
 
 
 def imports(path):
-    """(module, is inside the package) of every import in a file, relative ones resolved to their first part."""
+    """(room, or module outside the package, whether it is inside) of every import in a file."""
+    package = path.relative_to(PACKAGE.parent).with_suffix("").parts
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
             for name in node.names:
                 yield name.name, False
         elif isinstance(node, ast.ImportFrom):
-            up = len(path.relative_to(PACKAGE).parts) if node.level else 0
-            if node.level and node.level == up:
-                for name in [node.module] if node.module else [alias.name for alias in node.names]:
-                    if name != "__version__":
-                        yield name, True
-            elif not node.level:
-                yield node.module, node.module.split(".")[0] == "llava_mmfuser"
+            module = [*package[: -node.level], *filter(None, [node.module])] if node.level else node.module.split(".")
+            module = ".".join(map(str, module)).split(".")
+            if module[0] != "llava_mmfuser":
+                yield ".".join(module), False
+            elif len(module) > 1:
+                yield module[1], True
+            else:
+                for alias in node.names:
+                    yield "__init__" if alias.name == "__version__" else alias.name, True
 
 
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 
 @pytest.mark.parametrize("path", FILES, ids=[str(path.relative_to(PACKAGE)) for path in FILES])
-def test_dependencies_point_one_way(path):
-    place = path.relative_to(PACKAGE).parts[0].replace(".py", "")
+def test_rooms_import_only_from_where_they_may(path):
+    room = path.relative_to(PACKAGE).parts[0].replace(".py", "")
     for module, inside in imports(path):
         root = module.split(".")[0]
-        if inside and root != "llava_mmfuser":
-            assert LEVELS[root] < LEVELS[place] or place == root, f"{place} imports {module}"
+        if inside:
+            assert module == room or module in ROOMS[room], f"{room} imports {module}"
         assert root != "llava", "LLaVA's symbols are named in llava_patch's table only"
-        assert root != "triton" or place == "ops"
-        assert root not in ("torch", "transformers") or place not in ("activation", "__init__", "config")
+        assert root != "triton" or path.name == "sampling_triton.py"
+        assert root not in ("torch", "transformers") or room not in ("activation", "__init__", "config")
+        assert room != "block" or inside or root in {"torch", "triton", *sys.stdlib_module_names}, module
+
+
+def test_block_travels_without_the_rest(tmp_path):
+    """An export copies it as it is: it works elsewhere, under another name, where llava_mmfuser cannot be imported."""
+    shutil.copytree(PACKAGE / "block", tmp_path / "elsewhere", ignore=shutil.ignore_patterns("__pycache__"))
+    code = """
+import sys
+sys.modules["llava_mmfuser"] = None
+import torch
+from elsewhere.kinds import ATTENTION_KINDS, FUSIONS
+from elsewhere.rivals import build_fusion
+layers = [torch.randn(2, 16, 32, requires_grad=True) for _ in range(3)]
+for fusion in FUSIONS:
+    for attention in ATTENTION_KINDS:
+        fuser = build_fusion(fusion, 32, 3, 8, num_heads=4, attention=attention)
+        fuser(layers).sum().backward()
+        assert not FUSIONS[fusion].starts_as_identity or torch.equal(fuser(layers), layers[-1])
+print("travels")
+"""
+    env = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", code], env=env, cwd=tmp_path, text=True, capture_output=True)
+    assert done.stdout == "travels\n", done.stderr
 
 
 def test_only_llava_patch_names_llavas_modules():

@@ -13,7 +13,7 @@ from llava.model import LlavaConfig, LlavaLlamaForCausalLM
 from llava.train.llava_trainer import LLaVATrainer
 
 from llava_mmfuser import trainer as ours
-from llava_mmfuser.config import ATTENTION_KINDS, FUSIONS
+from llava_mmfuser.block.kinds import ATTENTION_KINDS, FUSIONS
 from llava_mmfuser.trainer import find_projector
 
 WRAPPED = dict(r=2, target_modules=["q_proj"], modules_to_save=["mm_projector"])

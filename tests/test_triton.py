@@ -12,9 +12,9 @@ if DEVICE == "cpu":
     os.environ["TRITON_INTERPRET"] = "1"  # read when kernels are defined
 triton = pytest.importorskip("triton", reason="triton is not installed")
 
-from llava_mmfuser import ops  # noqa: E402
-from llava_mmfuser.ops import triton_kernels  # noqa: E402
-from llava_mmfuser.ops.triton_kernels import deformable_sampling, unavailable  # noqa: E402
+from llava_mmfuser.block import sampling as ops  # noqa: E402
+from llava_mmfuser.block import sampling_triton as triton_kernels  # noqa: E402
+from llava_mmfuser.block.sampling_triton import deformable_sampling, unavailable  # noqa: E402
 
 if _BEFORE is None:
     os.environ.pop("TRITON_INTERPRET", None)  # not for other tests and the processes that they start

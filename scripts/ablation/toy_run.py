@@ -17,7 +17,8 @@ from toy.recipe import STEPS as TRAINING
 from toy.world import SIZES as WORLD
 from toy.world import make_world
 
-from llava_mmfuser.config import FUSIONS_WITHOUT_WEIGHTS, PROJECTOR_TYPE
+from llava_mmfuser.block.kinds import FUSIONS
+from llava_mmfuser.config import PROJECTOR_TYPE
 
 NEEDED = ("llava", "llava_mmfuser", "deepspeed", "sentencepiece", "sklearn", "skimage")  # as demo.sh --here
 WORLD_SEED = 0  # as in a real ablation, data and pretrained models are given: --seeds vary the training only
@@ -80,7 +81,8 @@ def own_rate(flags: Sequence[str]) -> List[str]:
     parser.add_argument("--mm_fuser_fusion")
     parser.add_argument("--mm_fuser_lr")
     given = parser.parse_known_args(flags)[0]
-    trained = given.mm_projector_type == PROJECTOR_TYPE and given.mm_fuser_fusion not in FUSIONS_WITHOUT_WEIGHTS
+    kind = FUSIONS.get(given.mm_fuser_fusion, FUSIONS["mmfuser"])  # train.py says what is wrong with an unknown one
+    trained = given.mm_projector_type == PROJECTOR_TYPE and kind.has_weights
     return ["--mm_fuser_lr", str(FUSER["mm_fuser_lr"])] if trained and given.mm_fuser_lr is None else []
 
 

@@ -1,12 +1,12 @@
 """Sparse attention: every query looks at its own neighbourhood in every level. Cost grows linearly with the tokens."""
 
-from typing import Iterator, Tuple
+from typing import Iterator, Optional, Tuple
 
 import torch
 import torch.nn.functional as F
 
-from ..resettable import Features
 from .dense import DenseAttention
+from .leaves import LayerNorm, normed_linears
 
 
 class WindowAttention(DenseAttention):
@@ -27,9 +27,17 @@ class WindowAttention(DenseAttention):
         super().__init__(hidden_size, num_levels, num_heads)
         self.window_size = window_size
 
-    def forward(self, query: Features, value: Features, grid: Tuple[int, int]) -> torch.Tensor:
+    def forward(
+        self,
+        query: torch.Tensor,
+        value: torch.Tensor,
+        grid: Tuple[int, int],
+        query_norm: Optional[LayerNorm] = None,
+        value_norm: Optional[LayerNorm] = None,
+    ) -> torch.Tensor:
         """Attend from query [B, H*W, C] to value [B, L*H*W, C], levels in order, on a grid (H, W): [B, H*W, C]."""
-        query, key, value = self.query_proj(query), self.key_proj(value), self.value_proj(value)
+        (query,) = normed_linears(query, query_norm, self.query_proj)
+        key, value = normed_linears(value, value_norm, self.key_proj, self.value_proj)
         dtype = torch.promote_types(query.dtype, torch.float32)
         maps = [
             features.to(dtype).unflatten(1, (-1, *grid)).unflatten(-1, (self.num_heads, -1))  # [B, L, H, W, heads, D]

@@ -1,13 +1,13 @@
 """Multi-scale deformable attention (arXiv 2010.04159), all levels on the query's own grid."""
 
 import math
-from typing import Tuple
+from typing import Optional, Tuple
 
 import torch
 from torch import nn
 
-from ..ops import deformable_sampling
-from ..resettable import Features, Linear, ZeroLinear
+from .leaves import LayerNorm, Linear, ZeroLinear, normed_linears
+from .sampling import cell_positions, deformable_sampling
 
 
 class _OffsetLinear(Linear):
@@ -50,9 +50,27 @@ class DeformableAttention(nn.Module):
         self.value_proj = Linear(hidden_size, hidden_size)
         self.output_proj = Linear(hidden_size, hidden_size)
 
-    def forward(self, query: Features, value: Features, grid: Tuple[int, int]) -> torch.Tensor:
+    def forward(
+        self,
+        query: torch.Tensor,
+        value: torch.Tensor,
+        grid: Tuple[int, int],
+        query_norm: Optional[LayerNorm] = None,
+        value_norm: Optional[LayerNorm] = None,
+    ) -> torch.Tensor:
         """Attend from query [B, H*W, C] to value [B, L*H*W, C], levels in order, on a grid (H, W): [B, H*W, C]."""
-        value = self.value_proj(value).unflatten(-1, (self.shape[0], -1))
-        offsets = self.sampling_offsets(query).unflatten(-1, (*self.shape, 2))
-        logits = self.attention_weights(query).unflatten(-1, self.shape)
+        (value,) = normed_linears(value, value_norm, self.value_proj)
+        offsets, logits = self._places(query, query_norm)
+        value = value.unflatten(-1, (self.shape[0], -1))
         return self.output_proj(deformable_sampling(value, offsets, logits, grid))
+
+    def samples(self, query: torch.Tensor, grid: Tuple[int, int]) -> Tuple[torch.Tensor, torch.Tensor]:
+        """Where normalised queries [B, H*W, C] look, and with which weights; see `fusion.Fusion.samples`."""
+        offsets, logits = self._places(query, None)
+        row, column = cell_positions(grid, offsets)
+        places = offsets + torch.stack([column, row], -1).view(1, -1, 1, 1, 1, 2)
+        return places, logits.flatten(3).softmax(-1).view_as(logits)
+
+    def _places(self, query: torch.Tensor, norm: Optional[LayerNorm]) -> Tuple[torch.Tensor, torch.Tensor]:
+        offsets, logits = normed_linears(query, norm, self.sampling_offsets, self.attention_weights)
+        return offsets.unflatten(-1, (*self.shape, 2)), logits.unflatten(-1, self.shape)

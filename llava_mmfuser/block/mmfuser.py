@@ -1,16 +1,17 @@
 """MMFuser, the block of arXiv 2410.11829."""
 
 import math
-from typing import Any, Dict, Sequence
+from typing import Any, Dict, Optional, Sequence, Tuple
 
 import torch
 from torch import nn
 
 from .attention import build_attention
-from .config import MAX_LAYERS, MMFuserConfig, check_count, check_num_heads
-from .resettable import Gate, LayerNorm
+from .fusion import Fusion
+from .kinds import MAX_LAYERS, check_count, check_num_heads, check_settings
+from .leaves import Gate, LayerNorm
 
-# authors' name -> ours; every other name is the same (paper.md lists them)
+# authors' name -> ours; every other name is the same
 PUBLISHED_NAMES = {
     "gamma1": "cross_gate.scale",
     "gamma2": "self_gate.scale",
@@ -19,7 +20,7 @@ PUBLISHED_NAMES = {
 }
 
 
-class MMFuser(nn.Module):
+class MMFuser(Fusion):
     """Enriches the deepest of several feature maps of one ViT with the detail of the shallower ones.
 
     With F_1 … F_L the maps, shallow to deep, and X the first L-1 of them::
@@ -36,7 +37,7 @@ class MMFuser(nn.Module):
         num_layers: number of feature maps L, at least 2.
         num_heads: attention heads; must divide hidden_size.
         num_points: sampling points per head and level of deformable attention, at least 1.
-        attention: attention kind, one of `config.ATTENTION_KINDS`.
+        attention: attention kind, one of `kinds.ATTENTION_KINDS`.
         self_attention: False leaves out self_norm, self_attn and self_gate (F_sa = F_ca).
         window_size: side of the neighbourhood of window attention, odd.
 
@@ -54,12 +55,11 @@ class MMFuser(nn.Module):
         self_attention: bool = True,
         window_size: int = 3,
     ):
-        super().__init__()
         check_count(num_layers, MAX_LAYERS, "num_layers", least=2)
         own = {"num_points": num_points, "window_size": window_size}
-        MMFuserConfig(num_heads=num_heads, attention=attention, self_attention=self_attention, **own)
+        check_settings(dict(num_heads=num_heads, attention=attention, self_attention=self_attention, **own))
         check_num_heads(hidden_size, num_heads)
-        self.hidden_size, self.num_layers = hidden_size, num_layers
+        super().__init__(hidden_size, num_layers)
         self.query_norm = LayerNorm(hidden_size, eps=1e-6)
         self.feat_norm = LayerNorm(hidden_size, eps=1e-6)
         self.cross_attn = build_attention(attention, hidden_size, num_layers - 1, num_heads, **own)
@@ -82,6 +82,25 @@ class MMFuser(nn.Module):
         Raises:
             ValueError: another number of maps, maps of unequal shape or another width, or N that is not a square.
         """
+        grid = self._grid(layers)
+        query = layers[-1]
+        shallow = torch.stack(tuple(layers[:-1]), dim=1).flatten(1, 2)  # [B, (L-1)*N, C]
+        fused = self.cross_attn(query, shallow, grid, self.query_norm, self.feat_norm)
+        if self.self_attention:
+            normed = self.self_norm(fused)
+            fused = self.self_gate(fused, self.self_attn(normed, normed, grid))
+        return self.cross_gate(query, fused)
+
+    def gate(self) -> nn.Parameter:
+        return self.cross_gate.scale
+
+    def samples(self, layers: Sequence[torch.Tensor]) -> Optional[Tuple[torch.Tensor, torch.Tensor]]:
+        if not hasattr(self.cross_attn, "samples"):
+            return None
+        return self.cross_attn.samples(self.query_norm(layers[-1]), self._grid(layers))
+
+    def _grid(self, layers: Sequence[torch.Tensor]) -> Tuple[int, int]:
+        """Rows and columns of these maps, which are refused unless they fit this block."""
         if len(layers) != self.num_layers:
             raise ValueError(
                 f"got {len(layers)} feature maps, but this fuser was built for num_layers={self.num_layers}"
@@ -97,13 +116,7 @@ class MMFuser(nn.Module):
                 f"a feature map of {query.shape[1]} tokens is not square; give patch tokens only "
                 f"(side * side of them, CLS dropped)"
             )
-        grid = (side, side)
-        shallow = torch.stack(tuple(layers[:-1]), dim=1).flatten(1, 2)  # [B, (L-1)*N, C]
-        fused = self.cross_attn(self.query_norm(query), self.feat_norm(shallow), grid)
-        if self.self_attention:
-            normed = self.self_norm(fused)
-            fused = self.self_gate(fused, self.self_attn(normed, normed, grid))
-        return self.cross_gate(query, fused)
+        return side, side
 
     def _load_from_state_dict(self, state_dict: Dict[str, Any], prefix: str, *args: Any) -> None:
         if prefix == "" and not any(key.split(".")[0] in self._modules for key in state_dict):

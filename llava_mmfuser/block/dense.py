@@ -1,12 +1,12 @@
 """Global attention: every query looks at every token of every level. Cost grows with the square of the tokens."""
 
-from typing import Tuple
+from typing import Optional, Tuple
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ..resettable import Features, Linear
+from .leaves import LayerNorm, Linear, normed_linears
 
 
 class DenseAttention(nn.Module):
@@ -26,14 +26,16 @@ class DenseAttention(nn.Module):
         self.value_proj = Linear(hidden_size, hidden_size)
         self.output_proj = Linear(hidden_size, hidden_size)
 
-    def forward(self, query: Features, value: Features, grid: Tuple[int, int]) -> torch.Tensor:
+    def forward(
+        self,
+        query: torch.Tensor,
+        value: torch.Tensor,
+        grid: Tuple[int, int],
+        query_norm: Optional[LayerNorm] = None,
+        value_norm: Optional[LayerNorm] = None,
+    ) -> torch.Tensor:
         """Attend from query [B, H*W, C] to value [B, L*H*W, C] on a grid (H, W), which does not matter: [B, H*W, C]."""
-        heads = [
-            projection(features).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)  # [B, heads, tokens, D]
-            for projection, features in (
-                (self.query_proj, query),
-                (self.key_proj, value),
-                (self.value_proj, value),
-            )
-        ]
+        projected = normed_linears(query, query_norm, self.query_proj)
+        projected += normed_linears(value, value_norm, self.key_proj, self.value_proj)
+        heads = [x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for x in projected]  # [B, heads, tokens, D]
         return self.output_proj(F.scaled_dot_product_attention(*heads).transpose(1, 2).flatten(2))

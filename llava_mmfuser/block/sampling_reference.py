@@ -9,7 +9,7 @@ import torch.nn.functional as F
 def deformable_sampling(
     value: torch.Tensor, offsets: torch.Tensor, logits: torch.Tensor, grid: Tuple[int, int]
 ) -> torch.Tensor:
-    """See `llava_mmfuser.ops.deformable_sampling`; float32 or float64 only."""
+    """See `sampling.deformable_sampling`; float32 or float64 only."""
     height, width = grid
     queries, heads, levels = offsets.shape[1:4]  # and not the batch: that of an exported graph is any
     weights = logits.flatten(3).softmax(-1).view_as(logits)

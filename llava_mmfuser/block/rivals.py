@@ -1,22 +1,19 @@
-"""How several feature maps become what LLaVA's projector reads: MMFuser, and the simple fusions it is compared with.
+"""The simple fusions that MMFuser is compared with, and `build_fusion`, which builds any.
 
-Each takes a sequence of num_layers maps [B, N, C], shallow first, the query last, and returns [B, N, C] (`TokenConcat`:
-[B, L*N, C]). `config.FUSIONS` says which of them start as an identity.
+`kinds.FUSIONS` says which of them start as an identity.
 """
 
-from typing import Dict, Sequence, Type
+from typing import Any, Dict, Type
 
 import torch
 from torch import nn
 
-from .config import MMFuserConfig
-from .fuser import MMFuser
-from .resettable import Resettable, ZeroLinear
-
-Maps = Sequence[torch.Tensor]
+from .fusion import Fusion, Maps
+from .leaves import Resettable, ZeroLinear
+from .mmfuser import MMFuser
 
 
-class SimpleFusion(nn.Module):
+class SimpleFusion(Fusion):
     """Fusions that need to know no more than the shape of the maps.
 
     Args:
@@ -26,8 +23,7 @@ class SimpleFusion(nn.Module):
     """
 
     def __init__(self, hidden_size: int, num_layers: int, out_features: int):
-        super().__init__()
-        self.hidden_size, self.num_layers = hidden_size, num_layers
+        super().__init__(hidden_size, num_layers)
 
 
 class Mean(SimpleFusion):
@@ -47,6 +43,8 @@ class Sum(SimpleFusion):
 class WeightedSum(Resettable, SimpleFusion):
     """A sum with one learned weight per map, at first 1 for the query and 0 for the others: an identity."""
 
+    decays = False
+
     def __init__(self, hidden_size: int, num_layers: int, out_features: int):
         super().__init__(hidden_size, num_layers, out_features)
         self.scale = nn.Parameter(torch.empty(num_layers))
@@ -57,6 +55,12 @@ class WeightedSum(Resettable, SimpleFusion):
         self.scale.zero_()
         self.scale[-1] = 1
 
+    def gate(self) -> nn.Parameter:
+        return self.scale
+
+    def is_identity(self) -> bool:
+        return not self.scale.detach()[:-1].any()
+
     def forward(self, layers: Maps) -> torch.Tensor:
         return sum(layer * weight for layer, weight in zip(layers, self.scale.to(layers[-1].dtype).unbind()))
 
@@ -65,7 +69,10 @@ class TokenConcat(SimpleFusion):
     """All maps as tokens of their own, shallow first: L times as many for the language model."""
 
     def forward(self, layers: Maps) -> torch.Tensor:
-        return torch.cat(list(layers), dim=1)
+        return torch.cat(list(layers), dim=1)  # [B, L*N, C]
+
+    def num_tokens(self, tokens: int) -> int:
+        return self.num_layers * tokens
 
 
 class ChannelConcat(SimpleFusion):
@@ -74,6 +81,8 @@ class ChannelConcat(SimpleFusion):
     That layer is stored in two parts: the query's columns are LLaVA's own first layer, under its own name and shape,
     and those of the other maps are `extra`, zero at first. So a released projector fits, and nothing changes at first.
     """
+
+    acts_in_first_layer = True
 
     def __init__(self, hidden_size: int, num_layers: int, out_features: int):
         super().__init__(hidden_size, num_layers, out_features)
@@ -91,8 +100,10 @@ class ChannelConcat(SimpleFusion):
         return layers[-1].contiguous()  # as without a fusion: a matrix product's rounding depends on the strides
 
     def to_first_layer(self, layers: Maps) -> torch.Tensor:
-        """What the other maps add to the output of the projector's first layer: [B, N, out_features]."""
         return self.extra(self.extra_channels(layers))
+
+    def gate(self) -> nn.Parameter:
+        return self.extra.weight
 
 
 class DenseChannel(ChannelConcat):
@@ -120,25 +131,21 @@ _SIMPLE: Dict[str, Type[SimpleFusion]] = {
 }
 
 
-def build_fusion(settings: MMFuserConfig, hidden_size: int, out_features: int) -> nn.Module:
+def build_fusion(
+    fusion: str, hidden_size: int, num_layers: int, out_features: int, **of_mmfuser: Any
+) -> Fusion:
     """A fresh fusion.
 
     Args:
-        settings: which one, of how many layers.
+        fusion: a key of `kinds.FUSIONS`.
         hidden_size: width of the feature maps.
+        num_layers: their number.
         out_features: width of the first layer of the projector behind it.
+        of_mmfuser: the other arguments of `MMFuser`, of which the simple fusions read none.
 
     Raises:
         ValueError: heads that do not divide the width.
     """
-    if settings.fusion != "mmfuser":
-        return _SIMPLE[settings.fusion](hidden_size, settings.num_layers, out_features)
-    return MMFuser(
-        hidden_size,
-        num_layers=settings.num_layers,
-        num_heads=settings.num_heads,
-        num_points=settings.num_points,
-        attention=settings.attention,
-        self_attention=settings.self_attention,
-        window_size=settings.window_size,
-    )
+    if fusion == "mmfuser":
+        return MMFuser(hidden_size, num_layers, **of_mmfuser)
+    return _SIMPLE[fusion](hidden_size, num_layers, out_features)

@@ -12,13 +12,13 @@ import torch
 import torch.nn.functional as F
 
 from .once import once
-from .reference import cell_positions
+from .sampling_reference import cell_positions
 
 
 def deformable_sampling(
     value: torch.Tensor, offsets: torch.Tensor, logits: torch.Tensor, grid: Tuple[int, int]
 ) -> torch.Tensor:
-    """See `llava_mmfuser.ops.deformable_sampling`; float32 or float64 only, differentiable once.
+    """See `sampling.deformable_sampling`; float32 or float64 only, differentiable once.
 
     Corners outside the map are read as border cells with weight 0, so an infinite value may spread NaN further than
     in the reference.

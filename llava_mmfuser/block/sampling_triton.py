@@ -58,7 +58,7 @@ def unavailable(device: torch.device, dtype: torch.dtype) -> Optional[str]:
 def deformable_sampling(
     value: torch.Tensor, offsets: torch.Tensor, logits: torch.Tensor, grid: Tuple[int, int]
 ) -> torch.Tensor:
-    """See `llava_mmfuser.ops.deformable_sampling`; a value of `DTYPES`, offsets and logits of any floating dtype.
+    """See `sampling.deformable_sampling`; a value of `DTYPES`, offsets and logits of any floating dtype.
 
     Computed in float32. A NaN offset reads zero, like every place outside the map. The gradient of value is summed
     with atomics, in another order every time, unless `torch.are_deterministic_algorithms_enabled()`: then every cell

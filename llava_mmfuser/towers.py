@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from .ops import is_recorded
+from .block.sampling import is_recorded
 from .patching import stand_in
 
 SELECT_FEATURES = ("patch", "cls_patch")

@@ -3,7 +3,7 @@
 LLaVA creates and loads models under conditions that defeat PyTorch's usual initialisation: `torch.nn.init` does nothing
 inside `from_pretrained`, `disable_torch_init()` empties `Linear.reset_parameters` and `LayerNorm.reset_parameters`, and
 parameters missing from a checkpoint are left as uninitialised memory. So every parameter of the fuser lives in a leaf
-whose `reset_parameters` uses plain tensor operations; `llava_patch` calls it again for parameters a checkpoint lacked.
+whose `reset_parameters` uses plain tensor operations; the host calls it again for parameters that a checkpoint lacked.
 
 `Linear` is deliberately no `torch.nn.Linear`: rules that LLaVA, PEFT and bitsandbytes apply to every Linear of a model
 (quantisation, LoRA targets, the LLM's weight initialisation) then pass the fuser by.
@@ -11,22 +11,28 @@ whose `reset_parameters` uses plain tensor operations; `llava_patch` calls it ag
 
 import contextlib
 import math
-from typing import Container, Iterator, Optional, Tuple, Union
+from typing import Container, Iterator, List, NamedTuple, Optional, Union
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-# Normalised features, and the scale and shift per channel that are still to be applied; see `LayerNorm`.
-Normalized = Tuple[torch.Tensor, torch.Tensor, torch.Tensor]
-Features = Union[torch.Tensor, Normalized]
-
 
 class Resettable:
     """Marks a module whose `reset_parameters` restores its own direct parameters, and only those."""
 
+    decays = True  # whether an optimizer's weight decay is for its parameters other than a bias
+
     def reset_parameters(self) -> None:
         raise NotImplementedError
+
+
+class Normalized(NamedTuple):
+    """What `LayerNorm` leaves to the `Linear` behind it: normalised features, scale and shift still to be applied."""
+
+    features: torch.Tensor
+    scale: torch.Tensor
+    shift: torch.Tensor
 
 
 class Linear(Resettable, nn.Module):
@@ -54,14 +60,10 @@ class Linear(Resettable, nn.Module):
         if self.bias is not None:
             self.bias.zero_()
 
-    def forward(self, x: Features) -> torch.Tensor:
-        """Map [..., in_features] to [..., out_features].
-
-        The scale and shift of `Normalized` features go into the weight and the bias. Their gradients then come from
-        those of the weight and bias, so that frozen features need none (for ViT-L 5.7 of the backward's 19 GFLOP).
-        """
+    def forward(self, x: Union[torch.Tensor, Normalized]) -> torch.Tensor:
+        """Map [..., in_features] to [..., out_features]; see `normed_linears` about `Normalized` features."""
         weight, bias = self.weight, self.bias
-        if isinstance(x, tuple):
+        if isinstance(x, Normalized):
             x, scale, shift = x
             dtype = torch.promote_types(weight.dtype, scale.dtype)
             shift = torch.mv(weight.to(dtype), shift.to(dtype))
@@ -85,20 +87,21 @@ class ZeroLinear(Linear):
 class LayerNorm(Resettable, nn.LayerNorm):
     """`torch.nn.LayerNorm` whose weights may be wider than its input (float32 under bits 4/8) and that resets itself.
 
-    The output has the input's dtype, except under autocast, which picks it. Where it is trained on frozen features, it
-    leaves scale and shift to the `Linear` behind it and returns `Normalized`: copies of weight and bias, because they
-    have to outlast this module's forward, after which ZeRO-3 takes the parameters away.
+    The output has the input's dtype, except under autocast, which picks it.
     """
+
+    decays = False
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
         self.weight.fill_(1)
         self.bias.zero_()
 
-    def forward(self, x: torch.Tensor) -> Features:
-        trained = torch.is_grad_enabled() and self.weight.requires_grad and not x.requires_grad
-        if trained and not torch.jit.is_tracing():  # which compares its graph with one made without gradients
-            return F.layer_norm(x, self.normalized_shape, eps=self.eps), self.weight.clone(), self.bias.clone()
+    def forward(self, x: torch.Tensor, apart: bool = False) -> Union[torch.Tensor, Normalized]:
+        """Normalise [..., C]; `apart` leaves scale and shift to `normed_linears`."""
+        if apart:  # copies, which outlast this module's forward, after which ZeRO-3 takes the parameters away
+            features = F.layer_norm(x, self.normalized_shape, eps=self.eps)
+            return Normalized(features, self.weight.clone(), self.bias.clone())
         if x.dtype == self.weight.dtype:
             return super().forward(x)
         dtype = torch.promote_types(x.dtype, self.weight.dtype)
@@ -106,11 +109,33 @@ class LayerNorm(Resettable, nn.LayerNorm):
         return F.layer_norm(x.to(dtype), self.normalized_shape, weight, bias, self.eps).to(x.dtype)
 
 
+def normed_linears(x: torch.Tensor, norm: Optional[LayerNorm], *linears: Linear) -> List[torch.Tensor]:
+    """``[linear(norm(x)) for linear in linears]``, with the norm's scale and shift folded into the linears in training.
+
+    Where the norm is trained on features that are not, its gradients then come from those of weight and bias, and the
+    features need none: for ViT-L 5.7 GFLOP of the backward's 19.
+
+    Args:
+        x: [..., C].
+        norm: None where `x` is normalised already.
+        linears: what reads it.
+    """
+    if norm is None:
+        normed = x
+    else:
+        trained = torch.is_grad_enabled() and norm.weight.requires_grad and not x.requires_grad
+        # A trace compares its graph with one that is made without gradients.
+        normed = norm(x, apart=trained and not torch.jit.is_tracing())
+    return [linear(normed) for linear in linears]
+
+
 class Gate(Resettable, nn.Module):
     """Learnable scale per channel, zero at first: ``residual + scale * x`` in the dtype of residual.
 
     The parameter is called ``scale`` because transformers 4.37 renames ``gamma`` and ``beta`` in every checkpoint key.
     """
+
+    decays = False
 
     def __init__(self, hidden_size: int):
         super().__init__()

@@ -1,4 +1,4 @@
-"""Deformable sampling: one definition (`reference`) and the faster formulations that match it."""
+"""Deformable sampling: one definition (``sampling_reference``) and the faster formulations that match it."""
 
 import contextlib
 import functools
@@ -8,7 +8,9 @@ from typing import Any, Callable, Dict, Optional, Tuple
 
 import torch
 
-from . import embedding_bag, reference
+from .sampling_embedding_bag import deformable_sampling as embedding_bag
+from .sampling_reference import cell_positions  # noqa: F401  (part of the definition)
+from .sampling_reference import deformable_sampling as reference
 
 logger = logging.getLogger("llava_mmfuser")
 VARIABLE = "LLAVA_MMFUSER_SAMPLING"
@@ -17,14 +19,14 @@ TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 1.6e-2, torch.float16: 2e-3}
 
 
 def _triton(*arguments: Any) -> torch.Tensor:
-    from . import triton_kernels  # imports triton
+    from .sampling_triton import deformable_sampling  # imports triton
 
-    return triton_kernels.deformable_sampling(*arguments)
+    return deformable_sampling(*arguments)
 
 
 IMPLEMENTATIONS: Dict[str, Callable[..., torch.Tensor]] = {
-    "reference": reference.deformable_sampling,
-    "embedding_bag": embedding_bag.deformable_sampling,
+    "reference": reference,
+    "embedding_bag": embedding_bag,
     "triton": _triton,
 }
 
@@ -50,9 +52,9 @@ def unavailable(implementation: str, device: torch.device, dtype: torch.dtype) -
     if implementation != "reference" and is_recorded():
         return "PyTorch makes a graph of what runs (jit.trace, onnx, export or compile), which takes only reference"
     if implementation == "triton":
-        from . import triton_kernels
+        from .sampling_triton import unavailable as triton_unavailable
 
-        return triton_kernels.unavailable(device, dtype)
+        return triton_unavailable(device, dtype)
     if implementation == "embedding_bag" and device.type != "cpu":
         return f"embedding_bag is for the CPU, not for {device.type}"
     return None
