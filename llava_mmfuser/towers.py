@@ -7,6 +7,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from .block.operator import is_compiling
 from .block.sampling import is_recorded
 from .patching import stand_in
 
@@ -44,7 +45,7 @@ def capture_layers(model: Any, pixel_values: torch.Tensor, layers: Sequence[int]
     """
     vision, encoder = model.vision_model, model.vision_model.encoder
     recompute = encoder.gradient_checkpointing and encoder.training and torch.is_grad_enabled()
-    in_place = not (is_recorded() or torch.is_grad_enabled() and _has_graph(model, pixel_values))
+    in_place = not (is_recorded() or is_compiling() or torch.is_grad_enabled() and _has_graph(model, pixel_values))
     hidden = vision.pre_layrnorm(vision.embeddings(pixel_values))
     maps, out = [], None
     for index in range(layers[-1] + 1):

@@ -2,6 +2,7 @@ import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
+from llava_mmfuser.block import sampling as ops
 from llava_mmfuser.block.sampling import IMPLEMENTATIONS, deformable_sampling, select_implementation, unavailable
 
 PYTORCH = [name for name in IMPLEMENTATIONS if name != "triton"]  # which has its own file
@@ -24,6 +25,13 @@ def run(tensors, grid, implementation):
     cotangent = (torch.arange(out.numel()) % 17 - 8) / 8  # exact in every dtype
     out.backward(cotangent.view(out.shape).to(out.dtype))
     return [out.detach()] + [tensor.grad for tensor in tensors]
+
+
+@pytest.fixture
+def fresh_choice():
+    ops.choose.cache_clear()
+    yield
+    ops.choose.cache_clear()
 
 
 def deviation(found, expected):
@@ -174,12 +182,23 @@ def test_implementation_that_cannot_run_here_is_refused_by_name():
         deformable_sampling(value, offsets.to("meta"), logits, (5, 5))
 
 
-def test_predicate_and_unknown_names(monkeypatch):
+def test_predicate_and_unknown_names(monkeypatch, fresh_choice):
     assert select_implementation(torch.device("cpu")) == "embedding_bag"
     monkeypatch.setattr("llava_mmfuser.block.sampling_triton.unavailable", lambda device, dtype: "no CUDA device")
     assert select_implementation(torch.device("cuda"), torch.bfloat16) == "reference"
     with pytest.raises(ValueError, match="implementation='quick' is not known; use reference or embedding_bag"):
         deformable_sampling(*inputs(), (5, 5), "quick")
+
+
+def test_choice_is_made_once_per_device_dtype_variable_and_mode(monkeypatch, fresh_choice):
+    asked = []
+    monkeypatch.setattr(ops, "unavailable", lambda *arguments: asked.append(arguments))
+    for _ in range(3):
+        for dtype in (torch.float32, torch.bfloat16):
+            for chosen in ("reference", "embedding_bag"):
+                monkeypatch.setenv("LLAVA_MMFUSER_SAMPLING", chosen)
+                assert select_implementation("cpu", dtype) == chosen
+    assert len(asked) == 4
 
 
 def test_shapes_that_do_not_belong_together_are_refused():

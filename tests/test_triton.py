@@ -12,6 +12,7 @@ if DEVICE == "cpu":
     os.environ["TRITON_INTERPRET"] = "1"  # read when kernels are defined
 triton = pytest.importorskip("triton", reason="triton is not installed")
 
+from llava_mmfuser.block import operator  # noqa: E402
 from llava_mmfuser.block import sampling as ops  # noqa: E402
 from llava_mmfuser.block import sampling_triton as triton_kernels  # noqa: E402
 from llava_mmfuser.block.sampling_triton import deformable_sampling, unavailable  # noqa: E402
@@ -253,9 +254,9 @@ def test_nan_in_value_and_logits_is_passed_on(poisoned):
 
 @pytest.fixture
 def fresh_check():
-    ops.try_triton.cache_clear()
+    ops.try_triton.cache_clear(), ops.choose.cache_clear()
     yield
-    ops.try_triton.cache_clear()
+    ops.try_triton.cache_clear(), ops.choose.cache_clear()
 
 
 @pytest.mark.slow
@@ -324,12 +325,13 @@ def test_check_passes_wherever_the_first_forward_happens(fresh_check):
 
 
 @pytest.mark.parametrize("problem,chosen", [(None, "triton"), ("it is wrong", "reference")])
-def test_kernels_are_the_default_on_cuda_where_the_check_passes(problem, chosen, monkeypatch):
+def test_kernels_are_the_default_on_cuda_where_the_check_passes(problem, chosen, fresh_check, monkeypatch):
     asked = []
     monkeypatch.delenv("LLAVA_MMFUSER_SAMPLING", raising=False)
     monkeypatch.setattr(triton_kernels, "unavailable", lambda device, dtype: None)
     monkeypatch.setattr(ops, "try_triton", lambda *arguments: asked.append(arguments) or problem)
-    assert ops.select_implementation("cuda", torch.bfloat16) == chosen
+    for _ in range(2):
+        assert ops.select_implementation("cuda", torch.bfloat16) == chosen
     assert asked == [(torch.device("cuda"), torch.bfloat16, False)]
 
 
@@ -337,7 +339,7 @@ def test_unavailable_names_what_is_missing(monkeypatch):
     assert unavailable(DEVICE, torch.bfloat16) is None
     assert "not float64" in unavailable(DEVICE, torch.float64)
     with pytest.raises(ValueError, match="not float64"):
-        deformable_sampling(*(tensor.double() for tensor in inputs(batch=1)), (3, 4))
+        ops.deformable_sampling(*(tensor.double() for tensor in inputs(batch=1)), (3, 4), "triton")
     with monkeypatch.context() as patch:
         patch.setattr(triton_kernels, "triton", None)
         patch.setattr(triton_kernels, "_IMPORT_ERROR", "No module named 'triton'")
@@ -347,6 +349,59 @@ def test_unavailable_names_what_is_missing(monkeypatch):
         assert "from triton 3.3 on" in unavailable(DEVICE, torch.float32)
         monkeypatch.setattr(triton_kernels.triton, "JITFunction", object)
         assert "need a CUDA device, not cpu" in unavailable(DEVICE, torch.float32)
+
+
+@pytest.mark.skipif(not operator.SUPPORTED, reason="torch before 2.7 cannot tell torch.compile from export")
+@pytest.mark.parametrize("needs", [(True, True, True), (False, True, False)], ids=str)
+def test_compiled_graph_runs_the_kernels_as_one_operator(needs, fresh_check, monkeypatch):
+    tensors = [tensor.requires_grad_(need) for tensor, need in zip(inputs(batch=1), needs)]
+    torch.library.opcheck(triton_kernels._OPERATOR, (*tensors, 3, 4), test_utils=("test_schema", "test_faketensor"))
+    monkeypatch.setenv("LLAVA_MMFUSER_SAMPLING", "triton")
+    launches, launch = [], triton_kernels._launch
+
+    def spy(kernel, *args, **sizes):
+        launches.append(kernel)
+        launch(kernel, *args, **sizes)
+
+    monkeypatch.setattr(triton_kernels, "_launch", spy)
+    torch._dynamo.reset()
+    compiled = torch.compile(ops.deformable_sampling, fullgraph=True, backend="aot_eager")
+    found = run(tensors, (3, 4), compiled, needs)
+    assert launches == [triton_kernels._forward_kernel, triton_kernels._backward_kernel]
+    torch.testing.assert_close(found, run(tensors, (3, 4), needs=needs))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("mode", ["reduce-overhead", "default"])
+def test_compiled_fuser_on_a_gpu(mode):
+    from llava_mmfuser import MMFuser
+
+    fuser = MMFuser(256, num_layers=3, num_heads=4).to(DEVICE, torch.bfloat16)
+    torch.nn.init.normal_(fuser.cross_gate.scale)
+    torch.nn.init.normal_(fuser.self_gate.scale)
+    compiled, parameters = torch.compile(fuser, fullgraph=True, mode=mode), list(fuser.parameters())
+    for _ in range(3):  # warm-up, recording and replay of a CUDA graph
+        layers = [torch.randn(2, 64, 256, device=DEVICE, dtype=torch.bfloat16) for _ in range(3)]
+        results = []
+        for call in (compiled, fuser):
+            out = call(layers)
+            gradients = torch.autograd.grad(out.square().mean(), parameters)
+            results.append([tensor.clone().float() for tensor in (out, *gradients)])
+        for found, expected in zip(*results):
+            assert (found - expected).abs().max() <= 4e-2 * expected.abs().max()
+
+
+@pytest.mark.gpu
+def test_kernels_are_captured_in_a_cuda_graph_and_replayed():
+    grid, tensors = (6, 6), inputs(batch=2, grid=(6, 6), depth=64, dtype=torch.bfloat16)
+    deformable_sampling(*tensors, grid)  # compiles
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = deformable_sampling(*tensors, grid)
+    for tensor, other in zip(tensors, inputs(batch=2, grid=grid, depth=64, dtype=torch.bfloat16)):
+        tensor.copy_(other)
+    graph.replay()
+    assert torch.equal(out, deformable_sampling(*tensors, grid))
 
 
 @pytest.mark.gpu

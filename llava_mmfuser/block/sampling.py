@@ -8,6 +8,7 @@ from typing import Any, Callable, Dict, Optional, Tuple
 
 import torch
 
+from .operator import SUPPORTED, is_compiling
 from .sampling_embedding_bag import deformable_sampling as embedding_bag
 from .sampling_reference import cell_positions  # noqa: F401  (part of the definition)
 from .sampling_reference import deformable_sampling as reference
@@ -30,14 +31,11 @@ IMPLEMENTATIONS: Dict[str, Callable[..., torch.Tensor]] = {
     "triton": _triton,
 }
 
-# torch 2.1 has it in another place, 2.0 nowhere.
-_place = torch.compiler if hasattr(getattr(torch, "compiler", None), "is_compiling") else torch._utils
-_is_compiling = getattr(_place, "is_compiling", lambda: False)
-
 
 def is_recorded() -> bool:
-    """Whether PyTorch makes a graph of what runs: torch.jit.trace, torch.onnx, torch.export or torch.compile."""
-    return torch.jit.is_tracing() or _is_compiling()
+    """Whether PyTorch makes a graph of what runs, for elsewhere: torch.jit.trace, torch.onnx or torch.export; before
+    torch 2.7 torch.compile, too."""
+    return torch.jit.is_tracing() or (is_compiling() and not (SUPPORTED and not torch.compiler.is_exporting()))
 
 
 def unavailable(implementation: str, device: torch.device, dtype: torch.dtype) -> Optional[str]:
@@ -50,7 +48,7 @@ def unavailable(implementation: str, device: torch.device, dtype: torch.dtype) -
         raise ValueError(f"implementation={implementation!r} is not known; use {' or '.join(IMPLEMENTATIONS)}")
     device = torch.device(device)
     if implementation != "reference" and is_recorded():
-        return "PyTorch makes a graph of what runs (jit.trace, onnx, export or compile), which takes only reference"
+        return "PyTorch makes a graph of what runs (jit.trace, onnx or export), which takes only reference"
     if implementation == "triton":
         from .sampling_triton import unavailable as triton_unavailable
 
@@ -69,18 +67,33 @@ def select_implementation(device: torch.device, dtype: torch.dtype = torch.float
       `try_triton`); a disagreement is a warning;
     * everywhere else ``reference``.
 
+    Decided once per device, dtype, value of the variable and deterministic mode; under torch.compile when it compiles.
+
     Raises:
         ValueError: the variable names an implementation that does not exist or cannot run here.
     """
-    if is_recorded():
-        return "reference"
-    device, chosen = torch.device(device), os.environ.get(VARIABLE)
+    return "reference" if is_recorded() else _now(device, dtype)
+
+
+def _now(device: torch.device, dtype: torch.dtype) -> str:
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    return choose(os.environ.get(VARIABLE, ""), torch.device(device), dtype, deterministic)
+
+
+# torch.compile calls it rather than look into it. (torch.compiler.assume_constant_result says it so, and imports 3 s of
+# compiler.)
+_now._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+@functools.lru_cache(maxsize=None)
+def choose(chosen: str, device: torch.device, dtype: torch.dtype, deterministic: bool) -> str:
+    """See `select_implementation`; `chosen` is the value of the variable, empty if it is not set."""
     if not chosen:
         if device.type == "cpu":
             return "embedding_bag"
         if device.type != "cuda" or unavailable("triton", device, dtype):
             return "reference"
-        return "reference" if try_triton(device, dtype, torch.are_deterministic_algorithms_enabled()) else "triton"
+        return "reference" if try_triton(device, dtype, deterministic) else "triton"
     if chosen not in IMPLEMENTATIONS:
         raise ValueError(f"{VARIABLE}={chosen} is not known; use {' or '.join(IMPLEMENTATIONS)}, or unset it")
     reason = unavailable(chosen, device, dtype)

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from .once import once
+from .operator import is_compiling, operator
 from .sampling_reference import cell_positions
 
 
@@ -23,6 +24,8 @@ def deformable_sampling(
     Corners outside the map are read as border cells with weight 0, so an infinite value may spread NaN further than
     in the reference.
     """
+    if is_compiling():
+        return _OPERATOR(value, offsets, logits, *grid)
     # Stands for the inputs in the graph of a second derivative; they themselves need not be kept.
     inputs = value[:0].sum() + offsets[:0].sum() + logits[:0].sum()
     return _Sampling.apply(value, offsets, logits, grid, inputs)
@@ -38,65 +41,87 @@ class _Sampling(torch.autograd.Function):
         grid: Tuple[int, int],
         inputs: torch.Tensor,
     ) -> torch.Tensor:
-        batch, queries, heads, levels, points, _ = offsets.shape
         ctx.shapes = value.shape, offsets.shape
-        if batch == 0:
-            ctx.save_for_backward(inputs)
-            return value.new_zeros(0, queries, heads * value.shape[-1])
-        table = value.reshape(batch * levels * queries * heads, -1)
-        attention = logits.flatten(3).softmax(-1).view_as(logits)
-        row, column = (place.view(-1, 1, 1, 1) for place in cell_positions(grid, offsets))
-        x_cells, x_weights, x_inside = _ends(offsets[..., 0] + column, grid[1])
-        y_cells, y_weights, y_inside = _ends(offsets[..., 1] + row, grid[0])
-        # Axis by axis and corner by corner: trailing axes of length 2 would make every operation several times slower.
-        dtype = _index_dtype(max(table.shape[0], 4 * logits.numel()))
-        index = torch.empty(*logits.shape, 4, dtype=dtype, device=value.device)
-        corners = torch.empty(*logits.shape, 4, dtype=value.dtype, device=value.device)
-        first_row = _first_row_of_map(batch, levels, queries, heads, index)
-        columns = [cells.to(dtype) for cells in x_cells]
-        for below in range(2):
-            rows = y_cells[below].to(dtype).mul_(grid[1])
-            row_weights = attention * y_weights[below]
-            for right in range(2):
-                torch.add(first_row, rows + columns[right], alpha=heads, out=index[..., 2 * below + right])
-                torch.mul(row_weights, x_weights[right], out=corners[..., 2 * below + right])
-        bags = batch * queries * heads
-        index, corners = index.view(bags, -1), corners.view(bags, -1)
-        ctx.save_for_backward(inputs, table, index, corners, attention, *x_weights, *y_weights, *x_inside, *y_inside)
-        out = F.embedding_bag(index, table, mode="sum", per_sample_weights=corners)
-        return out.view(batch, queries, -1)  # [B, N, heads*D]
+        bags = _bags(value, offsets, logits, grid)
+        ctx.save_for_backward(inputs, *bags)
+        return _sum(value, offsets, bags)
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> Tuple[Optional[torch.Tensor], ...]:
-        inputs, *saved = ctx.saved_tensors  # asked for once: activation checkpointing hands them out once
+        inputs, *bags = ctx.saved_tensors  # asked for once: activation checkpointing hands them out once
         with torch.no_grad():
-            gradients = _Sampling.gradients(ctx, grad, saved)
+            gradients = _gradients(ctx.needs_input_grad, grad, *ctx.shapes, bags)
         return (*once((inputs, grad), gradients), None, None)
 
-    @staticmethod
-    def gradients(ctx: Any, grad: torch.Tensor, saved: Sequence[torch.Tensor]) -> Tuple[Optional[torch.Tensor], ...]:
-        value_shape, offsets_shape = ctx.shapes
-        if not saved:  # an empty batch
-            return grad.new_zeros(value_shape), grad.new_zeros(offsets_shape), grad.new_zeros(offsets_shape[:-1])
-        table, index, corners, attention, left, right, top, bottom, *inside = saved  # weights of the ends
-        grad = grad.reshape(index.shape[0], -1)
-        grad_value = grad_offsets = grad_logits = None
-        if ctx.needs_input_grad[0]:
-            grad_value = _transposed_bag(index, corners, grad, table.shape[0]).view(value_shape)
-        if ctx.needs_input_grad[1] or ctx.needs_input_grad[2]:
-            dots = _dots(index, grad, table).view(*attention.shape, 4)
-            top_left, top_right, bottom_left, bottom_right = (dot.contiguous() for dot in dots.unbind(-1))
-            above = (left * top_left).addcmul_(right, top_right)
-            below = (left * bottom_left).addcmul_(right, bottom_right)
-            grad_logits = (top * above).addcmul_(bottom, below).mul_(attention)
-            left_inside, right_inside, top_inside, bottom_inside = inside
-            grad_offsets = torch.empty(offsets_shape, dtype=grad.dtype, device=grad.device)
-            grad_offsets[..., 1] = below.mul_(bottom_inside).sub_(above.mul_(top_inside)).mul_(attention)
-            on_left = (top * top_left).addcmul_(bottom, bottom_left).mul_(left_inside)
-            on_right = (top * top_right).addcmul_(bottom, bottom_right).mul_(right_inside)
-            grad_offsets[..., 0] = on_right.sub_(on_left).mul_(attention)
-            grad_logits = grad_logits - attention * grad_logits.sum((-2, -1), keepdim=True)
-        return grad_value, grad_offsets, grad_logits
+
+def _bags(
+    value: torch.Tensor, offsets: torch.Tensor, logits: torch.Tensor, grid: Tuple[int, int]
+) -> Sequence[torch.Tensor]:
+    """The table, which of its rows each bag holds and with which weights, and what the gradients need besides."""
+    batch, queries, heads, levels, points, _ = offsets.shape
+    if batch == 0:
+        return ()
+    table = value.reshape(batch * levels * queries * heads, -1)
+    attention = logits.flatten(3).softmax(-1).view_as(logits)
+    row, column = (place.view(-1, 1, 1, 1) for place in cell_positions(grid, offsets))
+    x_cells, x_weights, x_inside = _ends(offsets[..., 0] + column, grid[1])
+    y_cells, y_weights, y_inside = _ends(offsets[..., 1] + row, grid[0])
+    # Axis by axis and corner by corner: trailing axes of length 2 would make every operation several times slower.
+    dtype = _index_dtype(max(table.shape[0], 4 * logits.numel()))
+    index = torch.empty(*logits.shape, 4, dtype=dtype, device=value.device)
+    corners = torch.empty(*logits.shape, 4, dtype=value.dtype, device=value.device)
+    first_row = _first_row_of_map(batch, levels, queries, heads, index)
+    columns = [cells.to(dtype) for cells in x_cells]
+    for below in range(2):
+        rows = y_cells[below].to(dtype).mul_(grid[1])
+        row_weights = attention * y_weights[below]
+        for right in range(2):
+            torch.add(first_row, rows + columns[right], alpha=heads, out=index[..., 2 * below + right])
+            torch.mul(row_weights, x_weights[right], out=corners[..., 2 * below + right])
+    bags = batch * queries * heads
+    index, corners = index.view(bags, -1), corners.view(bags, -1)
+    return table, index, corners, attention, *x_weights, *y_weights, *x_inside, *y_inside
+
+
+def _sum(value: torch.Tensor, offsets: torch.Tensor, bags: Sequence[torch.Tensor]) -> torch.Tensor:
+    """[B, N, heads*D]."""
+    batch, queries, heads = offsets.shape[:3]
+    if not bags:
+        return value.new_zeros(batch, queries, heads * value.shape[-1])
+    table, index, corners, *_ = bags
+    out = F.embedding_bag(index, table, mode="sum", per_sample_weights=corners)
+    return out.view(batch, queries, -1)
+
+
+def _gradients(
+    needs: Sequence[bool],
+    grad: torch.Tensor,
+    value_shape: torch.Size,
+    offsets_shape: torch.Size,
+    bags: Sequence[torch.Tensor],
+) -> Tuple[Optional[torch.Tensor], ...]:
+    """Of value, offsets and logits; None where `needs`, in this order, has False."""
+    if not bags:  # an empty batch
+        return grad.new_zeros(value_shape), grad.new_zeros(offsets_shape), grad.new_zeros(offsets_shape[:-1])
+    table, index, corners, attention, left, right, top, bottom, *inside = bags  # weights of the ends
+    grad = grad.reshape(index.shape[0], -1)
+    grad_value = grad_offsets = grad_logits = None
+    if needs[0]:
+        grad_value = _transposed_bag(index, corners, grad, table.shape[0]).view(value_shape)
+    if needs[1] or needs[2]:
+        dots = _dots(index, grad, table).view(*attention.shape, 4)
+        top_left, top_right, bottom_left, bottom_right = (dot.contiguous() for dot in dots.unbind(-1))
+        above = (left * top_left).addcmul_(right, top_right)
+        below = (left * bottom_left).addcmul_(right, bottom_right)
+        grad_logits = (top * above).addcmul_(bottom, below).mul_(attention)
+        left_inside, right_inside, top_inside, bottom_inside = inside
+        grad_offsets = torch.empty(offsets_shape, dtype=grad.dtype, device=grad.device)
+        grad_offsets[..., 1] = below.mul_(bottom_inside).sub_(above.mul_(top_inside)).mul_(attention)
+        on_left = (top * top_left).addcmul_(bottom, bottom_left).mul_(left_inside)
+        on_right = (top * top_right).addcmul_(bottom, bottom_right).mul_(right_inside)
+        grad_offsets[..., 0] = on_right.sub_(on_left).mul_(attention)
+        grad_logits = grad_logits - attention * grad_logits.sum((-2, -1), keepdim=True)
+    return grad_value, grad_offsets, grad_logits
 
 
 Ends = Tuple[torch.Tensor, torch.Tensor]
@@ -160,3 +185,12 @@ def _first_row_of_map(batch: int, levels: int, queries: int, heads: int, like: t
     head = torch.arange(heads, dtype=like.dtype, device=like.device).view(1, 1, -1, 1, 1)
     level = torch.arange(levels, dtype=like.dtype, device=like.device).view(1, 1, 1, -1, 1)
     return (image * levels + level) * (queries * heads) + head
+
+
+_OPERATOR = operator(
+    "embedding_bag",
+    lambda value, offsets, logits, grid: _sum(value, offsets, _bags(value, offsets, logits, grid)),
+    lambda needs, grad, value, offsets, logits, grid: _gradients(
+        needs, grad, value.shape, offsets.shape, _bags(value, offsets, logits, grid)
+    ),
+)

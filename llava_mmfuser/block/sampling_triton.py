@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import os
 import shutil
-from typing import Dict, Optional, Tuple
+from typing import Dict, Optional, Sequence, Tuple
 
 import torch
 
 from .once import once
+from .operator import is_compiling, operator
 
 try:
     import triton
@@ -63,14 +64,12 @@ def deformable_sampling(
     Computed in float32. A NaN offset reads zero, like every place outside the map. The gradient of value is summed
     with atomics, in another order every time, unless `torch.are_deterministic_algorithms_enabled()`: then every cell
     looks at every query, H*W * H*W * L * D multiply-adds per image and head (22 G for 16 images of LLaVA-1.5).
-
-    Raises:
-        ValueError: the kernels cannot run; see `unavailable`.
+    Whether it can run at all is asked for with `unavailable`, once and not here.
     """
-    reason = unavailable(value.device, value.dtype)
-    if reason:
-        raise ValueError(reason)
-    return _DeformableSampling.apply(value.contiguous(), offsets.contiguous(), logits.contiguous(), grid)
+    value, offsets, logits = value.contiguous(), offsets.contiguous(), logits.contiguous()
+    if is_compiling():
+        return _OPERATOR(value, offsets, logits, *grid)
+    return _DeformableSampling.apply(value, offsets, logits, grid)
 
 
 class _DeformableSampling(torch.autograd.Function):
@@ -78,53 +77,73 @@ class _DeformableSampling(torch.autograd.Function):
     def forward(ctx, value, offsets, logits, grid):
         ctx.save_for_backward(value, offsets, logits)
         ctx.grid = grid
-        batch, queries, heads = offsets.shape[:3]
-        out = torch.empty((batch, queries, heads * value.shape[3]), dtype=value.dtype, device=value.device)
-        programs = batch * heads * triton.cdiv(queries, QUERIES)
-        _launch(_forward_kernel, programs, (value, offsets, logits, out), **_sizes(value, offsets, grid))
-        return out
+        return _forward(value, offsets, logits, grid)
 
     @staticmethod
     def backward(ctx, grad_out):
         inputs = ctx.saved_tensors
         with torch.no_grad():
-            gradients = _DeformableSampling.gradients(ctx, grad_out, *inputs)
+            gradients = _gradients(ctx.needs_input_grad, grad_out, *inputs, ctx.grid)
         return (*once((*inputs, grad_out), gradients), None)
 
-    @staticmethod
-    def gradients(ctx, grad_out, value, offsets, logits):
-        needs_value, needs_offsets, needs_logits, _ = ctx.needs_input_grad
-        atomics = needs_value and not torch.are_deterministic_algorithms_enabled()
-        grad_value = grad_offsets = grad_logits = None
-        if needs_value:
-            grad_value = torch.zeros(value.shape, dtype=torch.float32, device=value.device)
-        if needs_offsets:
-            grad_offsets = torch.empty(offsets.shape, dtype=offsets.dtype, device=offsets.device)
-        if needs_logits:
-            grad_logits = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
-        batch, queries, heads, levels = offsets.shape[:4]
-        sizes = _sizes(value, offsets, ctx.grid)
-        grad_out = grad_out.contiguous()
-        if atomics or needs_offsets or needs_logits:
-            tensors = (
-                value,
-                offsets,
-                logits,
-                grad_out,
-                grad_value if atomics else value,  # what is not needed is not written
-                grad_offsets if needs_offsets else offsets,
-                grad_logits if needs_logits else logits,
-            )
-            needs = {"NEEDS_VALUE": atomics, "NEEDS_OFFSETS": needs_offsets, "NEEDS_LOGITS": needs_logits}
-            _launch(_backward_kernel, batch * heads * triton.cdiv(queries, QUERIES), tensors, **needs, **sizes)
-        if needs_value and not atomics:
-            block_c = max(16, min(64, 4096 // sizes["BLOCK_D"]))
-            programs = batch * heads * levels * triton.cdiv(queries, block_c)
-            sizes = {**sizes, "BLOCK_C": block_c, "BLOCK_Q": 32, "num_warps": 4}
-            _launch(_grad_value_kernel, programs, (offsets, logits, grad_out, grad_value), **sizes)
-        if needs_value:
-            grad_value = grad_value.to(value.dtype)
-        return grad_value, grad_offsets, grad_logits
+
+def _forward(
+    value: torch.Tensor, offsets: torch.Tensor, logits: torch.Tensor, grid: Tuple[int, int]
+) -> torch.Tensor:
+    batch, queries, heads = offsets.shape[:3]
+    out = torch.empty((batch, queries, heads * value.shape[3]), dtype=value.dtype, device=value.device)
+    programs = batch * heads * triton.cdiv(queries, QUERIES)
+    _launch(_forward_kernel, programs, (value, offsets, logits, out), **_sizes(value, offsets, grid))
+    return out
+
+
+def _gradients(
+    needs: Sequence[bool],
+    grad_out: torch.Tensor,
+    value: torch.Tensor,
+    offsets: torch.Tensor,
+    logits: torch.Tensor,
+    grid: Tuple[int, int],
+) -> Tuple[Optional[torch.Tensor], ...]:
+    """Of value, offsets and logits; None where `needs`, in this order, has False."""
+    needs_value, needs_offsets, needs_logits, *_ = needs
+    atomics = needs_value and not torch.are_deterministic_algorithms_enabled()
+    grad_value = grad_offsets = grad_logits = None
+    if needs_value:
+        grad_value = torch.zeros(value.shape, dtype=torch.float32, device=value.device)
+    if needs_offsets:
+        grad_offsets = torch.empty(offsets.shape, dtype=offsets.dtype, device=offsets.device)
+    if needs_logits:
+        grad_logits = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
+    batch, queries, heads, levels = offsets.shape[:4]
+    sizes = _sizes(value, offsets, grid)
+    grad_out = grad_out.contiguous()
+    if atomics or needs_offsets or needs_logits:
+        tensors = (
+            value,
+            offsets,
+            logits,
+            grad_out,
+            grad_value if atomics else value,  # what is not needed is not written
+            grad_offsets if needs_offsets else offsets,
+            grad_logits if needs_logits else logits,
+        )
+        needed = {"NEEDS_VALUE": atomics, "NEEDS_OFFSETS": needs_offsets, "NEEDS_LOGITS": needs_logits}
+        programs = batch * heads * triton.cdiv(queries, QUERIES)
+        # Twice the tile of the forward in registers: more warps, or they are spilled and few fit.
+        warps = max(1, min(8, sizes["BLOCK_S"] * sizes["BLOCK_D"] // 256))
+        _launch(_backward_kernel, programs, tensors, **needed, **{**sizes, "num_warps": warps})
+    if needs_value and not atomics:
+        block_c = max(16, min(64, 4096 // sizes["BLOCK_D"]))
+        programs = batch * heads * levels * triton.cdiv(queries, block_c)
+        sizes = {**sizes, "BLOCK_C": block_c, "BLOCK_Q": 16, "num_warps": 8}
+        _launch(_grad_value_kernel, programs, (offsets, logits, grad_out, grad_value), **sizes)
+    if needs_value:
+        grad_value = grad_value.to(value.dtype)
+    return grad_value, grad_offsets, grad_logits
+
+
+_OPERATOR = operator("triton", _forward, _gradients)
 
 
 def _sizes(value: torch.Tensor, offsets: torch.Tensor, grid: Tuple[int, int]) -> Dict[str, int]:
