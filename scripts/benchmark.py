@@ -182,7 +182,7 @@ def fuser_and_layers(batch: int, dtype: torch.dtype, grid: Any = GRID):
     """A fuser with opened gates, and feature maps."""
     from llava_mmfuser import MMFuser
 
-    fuser = MMFuser(WIDTH).to(DEVICE, dtype)
+    fuser = MMFuser(WIDTH, num_heads=HEADS).to(DEVICE, dtype)
     torch.nn.init.normal_(fuser.cross_gate.scale)
     torch.nn.init.normal_(fuser.self_gate.scale)
     layers = [torch.randn(batch, grid[0] * grid[1], WIDTH, device=DEVICE, dtype=dtype) for _ in range(LEVELS + 1)]

@@ -404,12 +404,24 @@ def test_kernels_are_captured_in_a_cuda_graph_and_replayed():
     assert torch.equal(out, deformable_sampling(*tensors, grid))
 
 
+SHAPES = {
+    "LLaVA-1.5": dict(batch=4, grid=(24, 24)),
+    "64 images": dict(batch=64, grid=(24, 24), heads=4),
+    "one level": dict(batch=16, grid=(24, 24), levels=1),
+    "SigLIP": dict(batch=2, grid=(27, 27), depth=72),
+    "672 pixels": dict(batch=1, grid=(48, 48)),
+    "odd": dict(batch=3, grid=(29, 31), heads=5, levels=3, points=3, depth=40),
+    "far outside": dict(batch=2, grid=(24, 24), spread=1000.0),
+}
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("mode", [False, True], ids=["atomics", "deterministic"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_shapes_of_llava_on_a_gpu(dtype, mode):
-    grid = (24, 24)
-    tensors = inputs(batch=4, grid=grid, heads=16, levels=4, points=4, depth=64, dtype=dtype)
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
+def test_real_shapes_on_a_gpu(shape, dtype, mode):
+    grid = shape["grid"]
+    tensors = inputs(**{"heads": 16, "levels": 4, "points": 4, "depth": 64, **shape}, dtype=dtype)
     expected = reference(tensors, grid)
     try:
         torch.use_deterministic_algorithms(mode)
