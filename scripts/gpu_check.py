@@ -95,9 +95,12 @@ def environment(size: Size) -> Iterator[Result]:
         reason = ops.unavailable("triton", benchmark.DEVICE, dtype)
         if reason is None and GPU:
             reason = ops.try_triton(benchmark.DEVICE, dtype, False)
-        name = str(dtype)[len("torch.") :]
         chosen = ops.select_implementation(benchmark.DEVICE, dtype)
-        yield Result(f"kernels' own check, {name}", reason is None, reason or f"agrees; what runs here is {chosen}")
+        yield Result(
+            f"kernels' own check, {str(dtype)[len('torch.') :]}",
+            None if reason and not GPU else reason is None,
+            f"{reason or 'they agree'}; what runs here is {chosen}",
+        )
 
 
 def tests(size: Size, *before: str) -> Iterator[Result]:
@@ -123,13 +126,18 @@ def sanitizer(size: Size) -> Iterator[Result]:
 def definition(size: Size) -> Iterator[Result]:
     """The whole fuser on the kernels against itself on the definition in float32, output and gradients."""
     for dtype in DTYPES if GPU else DTYPES[-1:]:
+        name = f"fuser against the definition, {str(dtype)[len('torch.') :]}"
+        reason = ops.unavailable("triton", benchmark.DEVICE, dtype)
+        if reason:
+            yield Result(name, False if GPU else None, reason)
+            continue
         fuser, layers = benchmark.fuser_and_layers(min(2, size.batch), dtype, size.grid)
         for attention in (fuser.cross_attn, fuser.self_attn):  # off the integers, where the bilinear kernel has kinks
             attention.sampling_offsets.bias.data += 3 / 8
         parameters, results = list(fuser.parameters()), []
         cotangent = torch.randn_like(layers[-1])
-        for name in ("triton", "reference"):
-            run = functools.partial(ops.deformable_sampling, implementation=name)
+        for implementation in ("triton", "reference"):
+            run = functools.partial(ops.deformable_sampling, implementation=implementation)
             out = benchmark.on(run, lambda fuser=fuser, layers=layers: fuser(layers))()
             results.append([out, *torch.autograd.grad(out, parameters, cotangent)])
         deviation = max(
@@ -138,7 +146,6 @@ def definition(size: Size) -> Iterator[Result]:
         )
         # Two layers of attention, their projections and sums of gradients over all queries in dtype.
         limit = 8 * ops.TOLERANCE[dtype]
-        name = f"fuser against the definition, {str(dtype)[len('torch.'):]}"
         yield Result(name, deviation <= limit, f"deviates by {deviation:.1e} of the largest, at most {limit:.1e}")
 
 
@@ -199,14 +206,14 @@ MULTIPROCESSOR = {80: 164, 90: 228}  # KiB of shared memory; both have 65536 reg
 def arithmetic(size: Size) -> Iterator[Result]:
     """What the kernels have to move and to compute, and what the compiler makes of them; needs no GPU."""
     bounds()
-    if kernels.triton is None or not isinstance(kernels._forward_kernel, kernels.triton.JITFunction):
-        # Interpreted in this process: another one compiles.
+    version = getattr(kernels.triton, "__version__", "0.0")
+    if tuple(int(part) for part in version.split(".")[:2]) < (3, 3):
+        yield Result("compiled kernels", None, f"needs triton 3.3, and this is {version}")
+        return
+    if not isinstance(kernels._forward_kernel, kernels.triton.JITFunction):  # interpreted; another process compiles
         env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
         name = next(name for name in SIZES if SIZES[name] is size)
         command = [sys.executable, str(Path(__file__)), "--parts", "arithmetic", "--size", name]
-        if kernels.triton is None or "TRITON_INTERPRET" not in os.environ:
-            yield Result("compiled kernels", None, f"triton cannot be imported: {kernels._IMPORT_ERROR}")
-            return
         with tempfile.TemporaryDirectory() as folder:
             file = Path(folder) / "found.json"
             subprocess.run([*command, "--json", str(file)], env=env, stdout=subprocess.DEVNULL, check=False)

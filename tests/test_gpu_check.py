@@ -17,16 +17,18 @@ NO_GPU = pytest.mark.skipif(torch.cuda.is_available(), reason="on a GPU it takes
 @NO_GPU
 @pytest.mark.slow
 def test_everything_runs_through_at_tiny_sizes(tmp_path):
-    pytest.importorskip("triton", reason="triton is not installed")
+    triton = pytest.importorskip("triton", reason="triton is not installed")
     file = tmp_path / "found.json"
     environment = host.environment(PYTHON=host.sys.executable)
     done = host.run(["bash", host.ROOT / "scripts" / "gpu_check.sh", "--json", file], env=environment)
     assert "No GPU was found" in done.stdout
     found = json.loads(file.read_text())
     passed = {name: passed for name, passed, _ in found["results"]}
-    for name in ("kernels' own check, float32", "tests", "fuser against the definition, float32", "compiled kernels"):
-        assert passed[name] is True, done.stdout
-    assert {row["kernel"] for row in found["compiled"]} == KERNELS
+    assert passed["tests"] is True
+    interpreted = tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 3)
+    for name in ("kernels' own check, float32", "fuser against the definition, float32", "compiled kernels"):
+        assert passed[name] is (True if interpreted else None), done.stdout
+    assert {row["kernel"] for row in found["compiled"]} == (KERNELS if interpreted else set())
     parts = {row["part"] for row in found["rows"]}
     assert {"op forward, B=1", "fuser forward, B=1", "LLaVA training step, B=1"} < parts
     assert not any(passed.get(name) for name in ("op forward", "LLaVA training step")), "nothing is judged on a CPU"
