@@ -21,7 +21,7 @@ from torch.utils.benchmark import Timer
 
 GRID, LEVELS, HEADS, POINTS, WIDTH, NARROW = (24, 24), 4, 16, 4, 1024, 64
 TRANSFORMERS = "grid_sample (transformers)"
-PARTS = ("op", "fuser", "vision", "step", "growth", "llava")
+PARTS = ("op", "fuser", "types", "compiled", "vision", "step", "growth", "llava")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -233,6 +233,29 @@ def bench_fuser(rounds: int, dtype: torch.dtype, batch: int) -> List[Row]:
     return rows + measure(f"fuser forward + backward, B={batch}", sides, rounds)
 
 
+def bench_types(rounds: int, batch: int) -> List[Row]:
+    """(b) the same fuser in every dtype."""
+    forward, both = {}, {}
+    for name, dtype in DTYPES.items():
+        if DEVICE.type == "cpu" and dtype == torch.float16 and torch.__version__ < "2.2":
+            continue  # multiplies no matrices there
+        fuser, layers = fuser_and_layers(batch, dtype)
+        call = partial(fuser, layers)
+        forward[name], both[name] = without_gradients(call), with_backward(call, list(fuser.parameters()))
+    rows = measure(f"types, fuser forward, B={batch}", forward, rounds)
+    return rows + measure(f"types, fuser forward + backward, B={batch}", both, rounds)
+
+
+def bench_compiled(rounds: int, dtype: torch.dtype, batch: int) -> List[Row]:
+    """(b) the fuser under torch.compile, on a GPU also replayed from a CUDA graph."""
+    fuser, layers = fuser_and_layers(batch, dtype)
+    sides = {"fuser": without_gradients(lambda: fuser(layers))}
+    for mode in ("default", "reduce-overhead") if DEVICE.type == "cuda" else ("default",):
+        compiled = torch.compile(fuser, fullgraph=True, mode=mode)
+        sides[f"compiled, {mode}"] = without_gradients(partial(compiled, layers))
+    return measure(f"compiled fuser forward, B={batch}", sides, rounds)
+
+
 def vision_paths(dtype: torch.dtype, hidden_size: int):
     """LLaVA's own vision tower and projector, once with mlp2x_gelu and once with mmfuser, on the same ViT-L/14-336."""
     from llava.model.multimodal_encoder.clip_encoder import CLIPVisionTower
@@ -407,6 +430,10 @@ def main() -> None:
         rows += bench_op(options.rounds, dtype, batch)
     if "fuser" in options.parts:
         rows += bench_fuser(options.rounds, dtype, batch)
+    if "types" in options.parts:
+        rows += bench_types(options.rounds, batch)
+    if "compiled" in options.parts:
+        rows += bench_compiled(options.rounds, dtype, batch)
     if {"vision", "step"} & set(options.parts):
         paths = vision_paths(dtype, 4096)
         if "vision" in options.parts:

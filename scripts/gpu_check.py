@@ -171,6 +171,8 @@ def speed(size: Size) -> Iterator[Result]:
     dtype, batch = (torch.bfloat16 if GPU else torch.float32), size.batch
     rows = benchmark.bench_op(size.rounds, dtype, batch, size.grid)
     rows += benchmark.bench_fuser(size.rounds, dtype, batch)
+    if GPU:  # one image, where launches count most
+        rows += benchmark.bench_compiled(size.rounds, dtype, 1)
     paths = benchmark.vision_paths(dtype, size.llama["hidden_size"])
     rows += benchmark.bench_vision(size.rounds, dtype, batch, paths)
     del paths

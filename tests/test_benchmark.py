@@ -7,6 +7,7 @@ import benchmark
 import host
 import pytest
 import torch
+from conftest import TORCH
 
 from llava_mmfuser.block import sampling as ops
 
@@ -44,6 +45,19 @@ def test_rows_compare_with_the_first_side():
     for row in rows:
         first = next(other for other in rows if other.part == row.part)
         assert row.ratio == pytest.approx(row.ms / first.ms) and row.ms > 0
+
+
+@pytest.mark.fp16_cpu
+def test_every_type_is_compared_with_float32():
+    rows = benchmark.bench_types(1, 1)
+    assert [row.name for row in rows] == 2 * list(benchmark.DTYPES)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(TORCH < (2, 7), reason="the sampling is no operator there")
+def test_compiled_fuser_is_compared_with_itself():
+    rows = benchmark.bench_compiled(1, torch.float32, 1)
+    assert [row.name for row in rows] == ["fuser", "compiled, default"]
 
 
 def test_peak_memory_counts_what_is_alive_at_once():

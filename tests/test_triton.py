@@ -1,5 +1,6 @@
 """The Triton kernels: on a CUDA device where there is one, in Triton's interpreter on the CPU elsewhere."""
 
+import functools
 import os
 
 import pytest
@@ -369,6 +370,23 @@ def test_compiled_graph_runs_the_kernels_as_one_operator(needs, fresh_check, mon
     found = run(tensors, (3, 4), compiled, needs)
     assert launches == [triton_kernels._forward_kernel, triton_kernels._backward_kernel]
     torch.testing.assert_close(found, run(tensors, (3, 4), needs=needs))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not operator.SUPPORTED, reason="torch before 2.7 cannot tell torch.compile from export")
+def test_check_on_the_users_device_may_run_while_torch_compile_looks(fresh_check, monkeypatch):
+    @functools.lru_cache(maxsize=None)
+    def choose(chosen, *place):
+        return "reference" if ops.try_triton(*place) else "triton"
+
+    monkeypatch.setattr(ops, "choose", choose)
+    tensors = inputs(batch=1, grid=(2, 3))
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda *t: ops.deformable_sampling(*t), fullgraph=True, backend="aot_eager")
+    found = run(tensors, (2, 3), compiled)
+    assert ops.try_triton.cache_info().misses == 1
+    assert choose("", tensors[0].device, torch.float32, False) == "triton", "the check that ran there passed"
+    torch.testing.assert_close(found, run(tensors, (2, 3)))
 
 
 @pytest.mark.gpu
