@@ -11,14 +11,8 @@ from typing import Any, Callable
 
 from . import activation
 from .block.kinds import MAX_LAYERS, check_count
-from .config import (
-    FLAG_PREFIX,
-    LAYER_SETS,
-    MMFuserConfig,
-    parse_listed_layers,
-    resolve_layers,
-    spell,
-)
+from .config import FLAG_PREFIX, MMFuserConfig
+from .layers import LAYER_SETS, parse_listed_layers, resolve_layers, spell
 
 
 def main() -> int:
@@ -130,7 +124,7 @@ def _layers(options: argparse.Namespace) -> int:
         blocks = int(options.tower[:4000])  # more digits than Python converts are too many blocks, too
         check_count(blocks, MAX_LAYERS, "blocks")
     else:
-        from .inspection import tower_config
+        from .towers import tower_config
 
         blocks = tower_config(options.tower).num_hidden_layers
     resolve_layers((options.query,), blocks)  # refuses a query that does not exist
@@ -144,7 +138,7 @@ def _layers(options: argparse.Namespace) -> int:
 
 
 def _inspect(options: argparse.Namespace) -> int:
-    from .inspection import NAME_NOTE, inspect
+    from .checkpoints.report import NAME_NOTE, inspect
 
     try:
         lines, reason = inspect(options.path)
@@ -162,7 +156,7 @@ def _inspect(options: argparse.Namespace) -> int:
 
 
 def _convert(options: argparse.Namespace) -> int:
-    from .convert import convert
+    from .checkpoints.convert import convert
 
     for note in convert(options.input, options.output, options.to == "authors", options.link):
         _say(note)
@@ -170,7 +164,7 @@ def _convert(options: argparse.Namespace) -> int:
 
 
 def _upgrade(options: argparse.Namespace) -> int:
-    from .convert import upgrade
+    from .checkpoints.convert import upgrade
 
     given = {setting.name: getattr(options, setting.name) for setting in dataclasses.fields(MMFuserConfig)}
     settings = {name: value for name, value in given.items() if value is not None}
@@ -180,7 +174,7 @@ def _upgrade(options: argparse.Namespace) -> int:
 
 
 def _visualize(options: argparse.Namespace) -> int:
-    from .visualize import visualize
+    from .visualize.command import visualize
 
     failed = False
     for outcome in visualize(
@@ -211,8 +205,7 @@ def _reporting_errors(command: str, function: Callable[[argparse.Namespace], int
             sys.stdout.flush()  # a full disk or a closed pipe may show only here
         return code
     except KeyboardInterrupt:
-        again = "" if command not in ("convert", "upgrade") else "; the same command again goes on from here"
-        print(f"python -m llava_mmfuser {command}: interrupted{again}", file=sys.stderr)
+        print(f"python -m llava_mmfuser {command}: interrupted", file=sys.stderr)
         return 130
     except BrokenPipeError:  # whoever reads the output has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

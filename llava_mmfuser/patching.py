@@ -10,14 +10,17 @@ from typing import Any, Callable, Dict, Iterable, List, NamedTuple, Optional, Tu
 
 
 class Patch(NamedTuple):
-    """One row: what is replaced (None: only relied upon), by what, which parameters it must have, and why."""
+    """One row."""
 
-    target: str
-    replacement: Optional[Callable]
-    parameters: Tuple[str, ...]
+    target: str  # module:name, or module:class.name
+    replacement: Optional[Callable]  # called with the original first; None where the target is only relied upon
+    parameters: str  # that the target must begin with, separated by blanks
     reason: str
+    until: str  # what upstream would have to have for the row to go
 
 
+# Module of LLaVA -> None, or why its rows were not applied; kept by `llava_patch.apply`.
+applied: Dict[str, Optional[str]] = {}
 _originals: Dict[str, Any] = {}
 # target -> where `replace` wrote its stand-in; a module may have been imported anew since
 _places: Dict[str, List[Tuple[Any, str]]] = {}
@@ -38,8 +41,9 @@ def check_row(row: Patch) -> Tuple[str, str]:
         return "changed", f"expected a function, found {type(found).__name__}"
     if isinstance(found, classmethod):
         parameters = parameters[1:]
-    if parameters[: len(row.parameters)] != row.parameters:
-        return "changed", f"expected parameters ({', '.join(row.parameters)}), found ({', '.join(parameters)})"
+    expected = tuple(row.parameters.split())
+    if parameters[: len(expected)] != expected:
+        return "changed", f"expected parameters ({', '.join(expected)}), found ({', '.join(parameters)})"
     if row.replacement is None:
         return "ok", "relied upon"
     return "ok", "patched" if row.target in _originals else "not patched"

@@ -11,8 +11,8 @@ from torch import nn
 
 from .block.fusion import Fusion
 from .block.leaves import Resettable, own_random_state
-from .checkpoint import MARK, Shapes, compare, rename_published, without_wrapper
 from .config import MMFuserConfig
+from .names import MARK, Shapes, compare, rename_published, without_wrapper
 
 logger = logging.getLogger("llava_mmfuser")
 

@@ -1,16 +1,86 @@
-"""Several layers of a ViT in one pass that ends at the deepest of them. Knows transformers' CLIP, not LLaVA."""
+"""Vision towers: what their config says, and several of their layers in one pass that ends at the deepest of them.
+
+Knows transformers' CLIP, not LLaVA.
+"""
 
 import functools
-from typing import Any, Callable, Sequence
+import os
+from typing import Any, Callable, Mapping, Optional, Sequence
 
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from .block.kinds import MAX_LAYERS, MAX_WIDTH, check_count
 from .block.sampling import is_recorded
+from .config import PROJECTOR_TYPE
 from .patching import stand_in
 
+CLIP_TYPES = ("clip", "clip_vision_model")  # model_type of the vision towers that can be hooked
 SELECT_FEATURES = ("patch", "cls_patch")
+
+
+def tower_config(name: str, local_files_only: bool = False) -> Any:
+    """The `CLIPVisionConfig` of a vision tower (folder or name on the hub); its weights are not read.
+
+    Raises:
+        ValueError: it cannot be found, or is no CLIP tower.
+    """
+    from transformers import CLIPVisionConfig, PretrainedConfig
+
+    try:
+        kind = PretrainedConfig.get_config_dict(name, local_files_only=local_files_only)[0].get("model_type")
+        if kind in CLIP_TYPES:
+            config = CLIPVisionConfig.from_pretrained(name, local_files_only=local_files_only)
+            check_count(config.hidden_size, MAX_WIDTH, f"vision_tower={name!r}: hidden_size")
+            check_count(config.num_hidden_layers, MAX_LAYERS, f"vision_tower={name!r}: num_hidden_layers")
+            return config
+    except (OSError, TypeError, AttributeError) as error:  # the last two of JSON that is no object
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"the config of the vision tower {name!r} cannot be read: {reason}") from error
+    raise ValueError(
+        f"vision_tower={name!r} has model_type={kind!r}, but mm_projector_type={PROJECTOR_TYPE} needs a CLIP tower, "
+        f"such as openai/clip-vit-large-patch14-336"
+    )
+
+
+def check_features(source: Any) -> None:
+    """Refuse a config or `ModelArguments` under which the vision tower returns what a fuser cannot read.
+
+    Raises:
+        ValueError: ``s2``, or a ``mm_vision_select_feature`` other than `SELECT_FEATURES`.
+    """
+    if getattr(source, "s2", False):
+        raise ValueError(f"s2=True together with mm_projector_type={PROJECTOR_TYPE} is not supported; set s2 to False")
+    select_feature = getattr(source, "mm_vision_select_feature", SELECT_FEATURES[0])
+    if select_feature not in SELECT_FEATURES:
+        allowed = " or ".join(SELECT_FEATURES)
+        raise ValueError(f"mm_vision_select_feature={select_feature!r} is not allowed; use {allowed}")
+
+
+def local_tower(config: Mapping[str, Any]) -> Optional[Any]:
+    """The config of a checkpoint's vision tower, or None where it is not on this machine."""
+    try:
+        return tower_config(str(config.get("mm_vision_tower")), local_files_only=True)
+    except ValueError:
+        return None
+
+
+def check_tower_is_there(config: Mapping[str, Any]) -> None:
+    """Refuse a checkpoint whose vision tower LLaVA would neither find on this machine nor look for on the hub.
+
+    Raises:
+        ValueError: a folder without a CLIP tower's config, or no folder and no name that `build_vision_tower` knows.
+    """
+    name = str(config.get("mm_vision_tower"))
+    if os.path.exists(name):
+        tower_config(name, local_files_only=True)
+    elif not name.startswith(("openai", "laion")) and "ShareGPT4V" not in name:
+        relative = "" if os.path.isabs(name) else f" (seen from {os.getcwd()})"
+        raise ValueError(
+            f"mm_vision_tower={name!r} in config.json is no folder on this machine{relative}, and LLaVA does not look "
+            f"for it on the hub; write where the vision tower is"
+        )
 
 
 def select_tokens(hidden_state: torch.Tensor, select_feature: str) -> torch.Tensor:

@@ -10,7 +10,9 @@ from llava.model.language_model.llava_mistral import LlavaMistralConfig
 from test_llava import IMAGES, arguments, model_with
 
 from llava_mmfuser import MMFuserConfig, MMFuserProjector
-from llava_mmfuser.checkpoint import describe, expected_shapes, from_published, read_adapter, save_tensors, to_published
+from llava_mmfuser.checkpoints.adapter import read_adapter
+from llava_mmfuser.checkpoints.files import save_tensors
+from llava_mmfuser.names import describe, expected_shapes, from_published, to_published
 
 
 def projector_of(model):

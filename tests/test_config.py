@@ -6,7 +6,7 @@ import pytest
 
 from llava_mmfuser import MMFuserConfig
 from llava_mmfuser import __main__ as command_line
-from llava_mmfuser.config import check_order, parse_layers, parse_listed_layers, resolve_layers, spell
+from llava_mmfuser.layers import check_order, parse_layers, parse_listed_layers, resolve_layers, spell
 
 VIT_L = SimpleNamespace(num_hidden_layers=24, hidden_size=1024)
 
@@ -152,7 +152,7 @@ def test_select_layer_is_the_default_query():
 
 
 def test_select_layer_none_is_left_alone():
-    from llava_mmfuser.config import check_arguments
+    from llava_mmfuser.hooks.arguments import check_arguments
 
     check_arguments(SimpleNamespace(mm_projector_type="mlp2x_gelu", mm_vision_select_layer=None))
 
@@ -198,7 +198,7 @@ def test_named_sets_that_do_not_fit_or_do_not_exist_are_refused():
     ],
 )
 def test_flags_without_effect_and_unknown_fusions_are_refused(flags, message):
-    from llava_mmfuser.config import check_arguments
+    from llava_mmfuser.hooks.arguments import check_arguments
 
     with pytest.raises(ValueError, match=message):
         check_arguments(SimpleNamespace(mm_projector_type="mmfuser", mm_vision_select_layer=-2, **flags))

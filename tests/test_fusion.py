@@ -11,8 +11,9 @@ from test_training import answer
 from transformers import CLIPVisionConfig
 
 from llava_mmfuser.block.kinds import FUSIONS
-from llava_mmfuser.checkpoint import expected_shapes, matching_adapter
+from llava_mmfuser.checkpoints.adapter import match_adapter, read_adapter
 from llava_mmfuser.config import MMFuserConfig
+from llava_mmfuser.names import expected_shapes
 from llava_mmfuser.projector import MMFuserProjector
 
 SIMPLE = [name for name in FUSIONS if name != "mmfuser"]
@@ -100,7 +101,7 @@ def test_every_weight_gets_a_gradient(fusion):
 
 
 def test_more_tokens_than_a_sequence_may_have_are_refused_before_training():
-    from llava_mmfuser.trainer import check_token_budget
+    from llava_mmfuser.hooks.optimizer import check_token_budget
 
     model = torch.nn.Module()
     model.tower = torch.nn.Module()
@@ -173,12 +174,9 @@ def test_adapter_of_another_fusion_without_weights_is_refused(world, tmp_path):
         settings = MMFuserConfig(layers=(3, 4, 5, 6, 7), fusion=fusion)
         vision_config = CLIPVisionConfig.from_pretrained(world / "clip")
         with pytest.raises(ValueError, match=f"mm_fuser_fusion=mean, but this run has {fusion}"):
-            matching_adapter(
-                str(tmp_path / "llava-mean" / "mm_projector.bin"),
-                settings,
-                expected_shapes(settings, vision_config.hidden_size, 64),
-                vision_config,
-            )
+            path = str(tmp_path / "llava-mean" / "mm_projector.bin")
+            shapes = expected_shapes(settings, vision_config.hidden_size, 64)
+            match_adapter(path, read_adapter(path), settings, shapes, vision_config)
 
 
 @pytest.mark.slow

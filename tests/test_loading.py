@@ -15,8 +15,10 @@ from safetensors.torch import load_file, save_file
 from test_llava import arguments, model_with
 from transformers import modeling_utils
 
-from llava_mmfuser import inspection
 from llava_mmfuser.__main__ import main
+from llava_mmfuser.checkpoints import fit
+from llava_mmfuser.checkpoints.folder import name_from_path
+from llava_mmfuser.checkpoints.report import inspect
 
 LAYOUTS = {
     "single": {},
@@ -105,7 +107,7 @@ def test_edited_config_is_refused_and_inspect_says_the_same(take, unread, change
     folder = take(**changes)
     with pytest.raises(ValueError, match=message):
         LlavaLlamaForCausalLM.from_pretrained(folder)
-    _, reason = inspection.inspect(str(folder))
+    _, reason = inspect(str(folder))
     assert reason is not None
     if changes.get("mm_vision_tower", "") is not None and "mm_hidden_size" not in changes:
         assert re.search(message, reason), reason
@@ -184,13 +186,13 @@ def test_authors_weights_under_an_edited_config_are_refused(take, unread):
 
 
 def test_plain_llava_is_not_looked_at(take, monkeypatch):
-    monkeypatch.setattr(inspection, "read_weights", lambda *a: pytest.fail("weights of a plain LLaVA were looked at"))
+    monkeypatch.setattr(fit, "read_weights", lambda *a: pytest.fail("weights of a plain LLaVA were looked at"))
     LlavaLlamaForCausalLM.from_pretrained(take("plain"))
 
 
 def load(folder, base=None, name=None):
     return builder.load_pretrained_model(
-        str(folder), base, inspection.name_from_path(str(folder)) if name is None else name, device="cpu"
+        str(folder), base, name_from_path(str(folder)) if name is None else name, device="cpu"
     )
 
 
@@ -232,7 +234,7 @@ def test_name_without_llava_is_told_by_the_loader_and_by_inspect(take, stops, sa
     with pytest.raises(Reached):
         load(folder, name="llava-mmfuser-7b")
     assert len(said()) == 1
-    assert inspection.name_from_path("a/llava-x/checkpoint-3/") == "llava-x_checkpoint-3"
+    assert name_from_path("a/llava-x/checkpoint-3/") == "llava-x_checkpoint-3"
 
 
 @pytest.mark.parametrize(
@@ -257,7 +259,7 @@ def test_folder_of_which_llava_would_not_read_the_fuser_is_refused(take, stops, 
     if kind == "mixed":
         (folder / "adapter_config.json").write_text("{}")
         save_file({"x.lora_A.weight": torch.ones(1)}, folder / "adapter_model.safetensors")
-        assert "move one of them away" in inspection.inspect(str(folder))[1]
+        assert "move one of them away" in inspect(str(folder))[1]
     with pytest.raises(Reached if message is None else ValueError, match=message):
         load(folder, base)
 
@@ -272,7 +274,7 @@ def test_adapter_with_a_fuser_beside_a_plain_config_is_refused(take, stops):
 @pytest.mark.parametrize("tower", ["/nowhere/clip", "checkpoints/clip", "somebody/clip-vit"])
 @pytest.mark.parametrize("layout", ["single", "plain"])
 def test_inspect_says_that_the_tower_is_absent(take, layout, tower):
-    _, reason = inspection.inspect(str(take(layout, mm_vision_tower=tower)))
+    _, reason = inspect(str(take(layout, mm_vision_tower=tower)))
     assert f"mm_vision_tower={tower!r} in config.json is no folder on this machine" in reason
     assert ("seen from" in reason) == (not os.path.isabs(tower))
 
@@ -285,7 +287,7 @@ def test_exchanged_tower_is_refused(take, world, tmp_path, unread):
     message = "mm_vision_select_layer=-2 do not end at the same layer of mm_vision_tower=.*deeper', which has 12 blocks"
     with pytest.raises(ValueError, match=message):
         LlavaLlamaForCausalLM.from_pretrained(folder)
-    assert re.search(message, inspection.inspect(str(folder))[1])
+    assert re.search(message, inspect(str(folder))[1])
 
 
 def parse(world, output, stage="finetune", **options):
@@ -372,7 +374,7 @@ def test_config_that_transformers_cannot_read_is_named(take, content):
     (folder / "config.json").write_bytes(content)
     with pytest.raises(ValueError, match="config.json is not (JSON in UTF-8|a JSON object)"):
         load(folder)
-    assert "config.json is not" in inspection.inspect(str(folder))[1]
+    assert "config.json is not" in inspect(str(folder))[1]
 
 
 def test_sets_and_spellings_of_the_command_line_are_taken_in_config_json(take):

@@ -12,7 +12,8 @@ import pytest
 import torch
 
 from llava_mmfuser import MMFuser
-from llava_mmfuser.trainer import gate_means, load_trainables, regroup, save_trainables, warn_if_shut
+from llava_mmfuser.hooks.optimizer import gate_means, regroup, warn_if_shut
+from llava_mmfuser.hooks.resuming import load_trainables, save_trainables
 
 HERE = Path(__file__).parent
 

@@ -12,9 +12,9 @@ import transformers
 from llava.model import LlavaConfig, LlavaLlamaForCausalLM
 from llava.train.llava_trainer import LLaVATrainer
 
-from llava_mmfuser import trainer as ours
 from llava_mmfuser.block.kinds import ATTENTION_KINDS, FUSIONS
-from llava_mmfuser.trainer import find_projector
+from llava_mmfuser.hooks import optimizer as ours
+from llava_mmfuser.hooks.wrappers import find_projector
 
 WRAPPED = dict(r=2, target_modules=["q_proj"], modules_to_save=["mm_projector"])
 TINY = dict(vocab_size=64, hidden_size=64, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2)

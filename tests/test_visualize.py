@@ -21,9 +21,10 @@ from test_llava import model_with
 from transformers import CLIPImageProcessor, CLIPVisionModel
 
 from llava_mmfuser import __main__ as command_line
-from llava_mmfuser.feature_maps import feature_maps, preprocess, read_model
-from llava_mmfuser.pictures import output_names
-from llava_mmfuser.visualize import colours, draw
+from llava_mmfuser.visualize.drawing import colours, draw
+from llava_mmfuser.visualize.maps import feature_maps, preprocess
+from llava_mmfuser.visualize.model import read_model
+from llava_mmfuser.visualize.pictures import output_names
 
 LAYERS = [3, 4, 5, 6, 7]  # of a tower with 8 blocks and 4 x 4 patches of 7 pixels
 
@@ -116,7 +117,7 @@ def test_arrays_are_what_the_loaded_llava_computes(models, picture, cli, tmp_pat
 def test_every_layout_gives_the_same_fuser(models, tmp_path, kind):
     folder = models / "adapter"
     if kind == "authors' names":
-        from llava_mmfuser.checkpoint import to_published
+        from llava_mmfuser.names import to_published
 
         folder = change_config(folder, tmp_path / "in", mm_projector_type="mlp2x_gelu", mm_vision_select_layer=LAYERS)
         state = torch.load(folder / "mm_projector.bin", weights_only=True)
@@ -456,7 +457,7 @@ def test_unfinished_files_are_not_left_behind(models, picture, cli, tmp_path, mo
         stream.write(b"half")
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("llava_mmfuser.visualize.np.savez", full)
+    monkeypatch.setattr("llava_mmfuser.visualize.command.np.savez", full)
     code, _, err = cli("--model-path", models / "clip", "--image", picture, "--output", tmp_path / "out", "--npz")
     assert (
         code == 1 and "No space left" in err[0] and [p.name for p in (tmp_path / "out").iterdir()] == ["wide.maps.png"]

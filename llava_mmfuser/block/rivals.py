@@ -131,9 +131,7 @@ _SIMPLE: Dict[str, Type[SimpleFusion]] = {
 }
 
 
-def build_fusion(
-    fusion: str, hidden_size: int, num_layers: int, out_features: int, **of_mmfuser: Any
-) -> Fusion:
+def build_fusion(fusion: str, hidden_size: int, num_layers: int, out_features: int, **of_mmfuser: Any) -> Fusion:
     """A fresh fusion.
 
     Args:

@@ -1,27 +1,24 @@
-"""Writing a folder file by file so that it can be interrupted: nothing half-written bears its final name."""
+"""Writing a folder: nothing half-written bears its final name."""
 
-import contextlib
 import copy
 import errno
 import json
 import os
 import shutil
 from functools import partial
-from typing import Any, BinaryIO, Callable, Dict, Iterator, List, NamedTuple, Optional
+from typing import Any, BinaryIO, Callable, Dict, List, NamedTuple, Optional, Tuple
 
 import torch
 
-from .inspection import load_bin, read_header
+from .files import load_bin, read_header
 
-MANIFEST = ".llava_mmfuser.json"
-PART = ".part"
 _CHUNK = 16 << 20  # bytes
 
 Advance = Callable[[int], Any]
 
 
 class Step(NamedTuple):
-    """One file of the output: its name, the bytes it will take, and what writes it to a given path."""
+    """One file of the output: its name, the bytes it will take, and what writes it to a path."""
 
     name: str
     size: int
@@ -101,7 +98,7 @@ def _write_bin(
 
 def _write_new(tensors: Dict[str, torch.Tensor], path: str, advance: Advance) -> None:
     with open(path, "wb") as stream:
-        if path.endswith(".safetensors" + PART):
+        if path.endswith(".safetensors"):
             from safetensors.torch import save
 
             stream.write(save(tensors, metadata={"format": "pt"}))
@@ -141,136 +138,69 @@ def _write_all(descriptor: int, data: bytes) -> int:
     return len(data)
 
 
-def write_folder(source: str, out: str, steps: List[Step], command: Dict[str, Any]) -> int:
-    """Carry out `steps` in ``OUT.incomplete``, which then becomes `out`.
-
-    A file has its name only once it is complete and flushed, so that the same command goes on where another stopped.
+def write_folder(source: str, out: str, steps: List[Step], command: str) -> None:
+    """Carry out `steps` in ``OUT.incomplete``, which then becomes `out`; what fails or is interrupted leaves nothing.
 
     Args:
         source: the folder that the steps read; it must not change meanwhile.
         out: the folder to make.
         steps: what to write, in this order.
-        command: what was asked for, to be compared when a run goes on.
-
-    Returns:
-        The number of files that were complete from an earlier run.
+        command: what the progress bar is called.
 
     Raises:
-        ValueError: the unfinished work of another command, a disk that is too small, another run at the same time, or a
-            changed input.
-        OSError: writing failed; complete files stay in ``OUT.incomplete``.
+        ValueError: an ``OUT.incomplete`` that is there already, a disk that is too small, or a changed input.
+        OSError: writing failed.
     """
-    out, source = os.path.abspath(out), os.path.abspath(source)
-    parent, work = os.path.dirname(out), out + ".incomplete"
-    record = {**command, "input": source, "files": _snapshot(source)}
-    _check_unfinished(work, record, out)
-    needed, free = sum(step.size for step in _unfinished(steps, work)), shutil.disk_usage(parent).free
+    from tqdm import tqdm
+
+    out = os.path.abspath(out)
+    parent, work, before = os.path.dirname(out), out + ".incomplete", _snapshot(source)
+    needed, free = sum(step.size for step in steps), shutil.disk_usage(parent).free
     if needed > free:
         raise ValueError(
             f"{out} needs {needed} bytes ({needed / 1e9:.1f} GB), but only {free} bytes ({free / 1e9:.1f} GB) are free "
             f"in {parent}; free some, choose another place, or share unchanged weight files with the input by --link"
         )
-    os.makedirs(work, exist_ok=True)
-    with _locked(work):
-        for name in os.listdir(work):
-            if name.endswith(PART):
-                os.unlink(os.path.join(work, name))
-        todo = _unfinished(steps, work)
-        if not os.path.exists(os.path.join(work, MANIFEST)):
-            _place(work, text(MANIFEST, json.dumps(record)), lambda count: None)
-        from tqdm import tqdm
-
-        with tqdm(total=needed, unit="B", unit_scale=True, disable=None, desc=command["command"]) as bar:
-            for step in todo:
-                _place(work, step, bar.update)
-        if _snapshot(source) != record["files"]:
-            raise ValueError(f"{source} was changed in the meantime; delete {work} and run the same command again")
-        if os.path.lexists(out):
-            raise ValueError(f"{out} has appeared in the meantime; the result is complete in {work}, rename that")
-        os.rename(work, out)  # before the manifest goes: without it nobody could go on
-        os.unlink(os.path.join(out, MANIFEST))
-        _flush(out)
-        _flush(parent)
-    return len(steps) - len(todo)
-
-
-def _unfinished(steps: List[Step], work: str) -> List[Step]:
-    return [step for step in steps if not os.path.lexists(os.path.join(work, step.name))]
-
-
-def _place(folder: str, step: Step, advance: Advance) -> None:
-    """Write one file under a temporary name, flush it, then give it its name.
-
-    Raises:
-        OSError: it could not be written; the temporary file is gone.
-    """
-    path = os.path.join(folder, step.name)
     try:
-        step.write(path + PART, advance)
-        _flush(path + PART)
-        os.replace(path + PART, path)
-        _flush(folder)
-    except BaseException as error:
-        with contextlib.suppress(OSError):
-            os.unlink(path + PART)
+        os.mkdir(work)
+    except FileExistsError as error:
+        raise ValueError(
+            f"{work} exists: a run that was killed left it, or another is writing to it; delete it if none is, or "
+            f"choose another name than {out}"
+        ) from error
+    try:
+        with tqdm(total=needed, unit="B", unit_scale=True, disable=None, desc=command) as bar:
+            for step in steps:
+                _carry_out(step, os.path.join(work, step.name), bar.update)
+        if _snapshot(source) != before:
+            raise ValueError(f"{source} was changed in the meantime; run the same command again")
+        if os.path.lexists(out):
+            raise ValueError(f"{out} has appeared in the meantime; choose another name")
+        _flush(work)
+        os.rename(work, out)
+        _flush(parent)
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+
+
+def _carry_out(step: Step, path: str, advance: Advance) -> None:
+    try:
+        step.write(path, advance)
+        _flush(path)
+    except (OSError, RuntimeError) as error:
         cause: Optional[BaseException] = error
         while isinstance(cause, RuntimeError):  # torch.save hides the reason
             cause = cause.__context__
         if not isinstance(cause, OSError):
             raise
-        raise OSError(
-            cause.errno,
-            f"{cause.strerror or cause} while writing {path}; complete files stay in {folder}; "
-            f"once the cause is gone (disk full: free some space), run the same command again to go on",
-        ) from error
+        text = f"{cause.strerror or cause} while writing {path}; nothing is left of it: run the same command again"
+        raise OSError(cause.errno, f"{text} once the cause is gone (disk full: free some space)") from error
 
 
-def _check_unfinished(work: str, record: Dict[str, Any], out: str) -> None:
-    """Refuse to go on with another command's unfinished work."""
-    if not os.path.lexists(work):
-        return
-    reason = "is no folder"
-    if os.path.isdir(work):
-        manifest = os.path.join(work, MANIFEST)
-        begun = [name for name in os.listdir(work) if not name.endswith(PART)]
-        if not begun:
-            return
-        reason = "was not made by this program"
-        if MANIFEST in begun:
-            with open(manifest, encoding="utf-8") as stream:
-                before = json.load(stream)
-            now = json.loads(json.dumps(record))
-            if before == now:
-                return
-            different = sorted(key for key in {*before, *now} if before.get(key) != now.get(key))
-            reason = f"is the unfinished result of a run with other {', '.join(different)}"
-    raise ValueError(f"{work} {reason}; delete it, or choose another name than {out}")
-
-
-def _snapshot(folder: str) -> Dict[str, List[int]]:
+def _snapshot(folder: str) -> Dict[str, Tuple[int, int]]:
     """Name to size in bytes and time of last change in ns of the files in a folder."""
     with os.scandir(folder) as entries:
-        stats = {entry.name: entry.stat() for entry in entries if entry.is_file()}
-    return {name: [stat.st_size, stat.st_mtime_ns] for name, stat in sorted(stats.items())}
-
-
-@contextlib.contextmanager
-def _locked(folder: str) -> Iterator[None]:
-    """Keep a second run out of the folder; the lock ends with the process."""
-    if os.name != "posix":
-        yield
-        return
-    import fcntl
-
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise ValueError(f"another run is writing to {folder}; wait for it to end") from error
-        yield
-    finally:
-        os.close(descriptor)
+        return {entry.name: (entry.stat().st_size, entry.stat().st_mtime_ns) for entry in entries if entry.is_file()}
 
 
 def _flush(path: str) -> None:

@@ -1,17 +1,13 @@
-"""Names and shapes of weights in adapters and checkpoints, LLaVA's, ours and the authors', and reading adapters."""
+"""What weights are called, LLaVA's, ours and the authors', and what kind of file has which. Opens no file."""
 
-import contextlib
-import dataclasses
-import json
-import os
 import re
-from typing import Any, Dict, Iterable, List, Mapping, Optional, Tuple
+from typing import Any, Dict, Iterable, List, Optional, Tuple
 
 import torch
 
-from .block.kinds import FUSIONS
 from .block.mmfuser import PUBLISHED_NAMES
-from .config import PROJECTOR_TYPE, MMFuserConfig, is_listed, read_setting, spell
+from .config import PROJECTOR_TYPE, MMFuserConfig, read_setting
+from .layers import is_listed
 
 MARK = "mm_projector."
 _FROM_OURS = {ours: theirs for theirs, ours in PUBLISHED_NAMES.items()}
@@ -89,6 +85,12 @@ def missing_fuser_keys(loaded_keys: Iterable[str], projector: Any) -> List[str]:
     return sorted(name for name, _ in projector.fuser.named_parameters() if name not in there)
 
 
+def inner_projector(names: Iterable[str]) -> Optional[str]:
+    """The ``mm_projector_type`` of the layers behind a fuser by the names of their weights; None if there are none."""
+    layers = [name for name in names if re.fullmatch(r"(\d+\.)?weight", name)]
+    return None if not layers else "linear" if layers == ["weight"] else f"mlp{len(layers)}x_gelu"
+
+
 def expected_shapes(settings: MMFuserConfig, mm_hidden_size: int, hidden_size: int) -> Shapes:
     """Names, without ``mm_projector.``, and shapes of all weights of a projector with fuser.
 
@@ -128,111 +130,6 @@ def describe(names: Iterable[str]) -> str:
     return "unknown" if names else "empty"
 
 
-def read_tensors(path: str) -> Dict[str, torch.Tensor]:
-    """Read a state dict saved by `torch.save` onto the CPU; runs no code in the file.
-
-    Raises:
-        ValueError: no such file, not a file of tensors (truncated, another format), or a pickle of something else.
-    """
-    if not os.path.isfile(path):
-        hint = "a folder; name the file in it, such as mm_projector.bin" if os.path.isdir(path) else "no such file"
-        raise ValueError(f"{path}: {hint}")
-    try:
-        state_dict = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # of no common type; its text is left out, because torch advises to run the file's code
-        raise ValueError(
-            f"{path} ({os.path.getsize(path)} bytes) cannot be read as tensors saved by torch.save "
-            f"({type(error).__name__}). It is truncated, of another format, or holds other Python objects, "
-            f"which are not loaded because they could run code; download or save it again"
-        ) from error
-    if not isinstance(state_dict, dict) or not all(isinstance(value, torch.Tensor) for value in state_dict.values()):
-        kind = type(state_dict).__name__
-        if isinstance(state_dict, dict):
-            kind = "dict of " + ", ".join(sorted({type(value).__name__ for value in state_dict.values()}))
-        raise ValueError(f"{path} holds a {kind}, not a state dict (names to tensors)")
-    return {str(name): value for name, value in state_dict.items()}
-
-
-def save_tensors(state_dict: Mapping[str, torch.Tensor], path: str) -> None:
-    """Save a state dict by `torch.save`, beside `path` first, so that `path` is never a half-written file."""
-    partial = path + ".partial"
-    try:
-        torch.save(dict(state_dict), partial)
-        os.replace(partial, path)
-    finally:
-        with contextlib.suppress(OSError):
-            os.unlink(partial)
-
-
-def read_adapter(path: str, optional: bool = False) -> Dict[str, torch.Tensor]:
-    """Read the projector's tensors from ``mm_projector.bin`` or ``non_lora_trainables.bin``.
-
-    Args:
-        path: the file.
-        optional: whether it may have none, as where LoRA was trained with a frozen projector.
-
-    Returns:
-        Names, without the part up to ``mm_projector.``, to tensors on the CPU; the authors' names are left as they are.
-
-    Raises:
-        ValueError: see `read_tensors`; or the file has no weights of a projector.
-    """
-    state_dict = read_tensors(path)
-    projector = {name.split(MARK, 1)[1]: value for name, value in state_dict.items() if MARK in name}
-    without_wrapper(projector)
-    if not projector and not optional:
-        raise ValueError(
-            f"{path} has no weights of a projector (no name with {MARK!r}); it looks like {describe(state_dict)}; "
-            f"its first names: {', '.join(list(state_dict)[:3]) or 'none'}"
-        )
-    return projector
-
-
-def matching_adapter(
-    path: str, settings: MMFuserConfig, expected: Shapes, vision_config: Any = None, optional: bool = False
-) -> Dict[str, torch.Tensor]:
-    """Read an adapter and refuse it unless it fits. One without a fuser fits if the inner projector does.
-
-    Args:
-        path: ``mm_projector.bin`` or ``non_lora_trainables.bin``; a ``config.json`` beside it is read, too.
-        settings: of this run or checkpoint.
-        expected: names and shapes of the projector's weights, see `expected_shapes`.
-        vision_config: of the vision tower, to compare the layers with those in the ``config.json`` of the adapter;
-            None to skip that.
-        optional: a file of tensors without a projector is allowed, as LoRA with a frozen projector saves it.
-
-    Returns:
-        Tensors under our names, without ``mm_projector.``; none of a file without a projector.
-
-    Raises:
-        ValueError: see `read_adapter`; missing, unexpected or wrongly shaped tensors, all listed by name, with what the
-            file looks like; or an adapter trained with other layers or settings.
-    """
-    weights = read_adapter(path, optional)
-    if not weights:
-        return weights
-    kind = describe(weights)
-    rename_published(weights, linear=settings.projector == "linear")
-    problems = compare({name: tuple(value.shape) for name, value in weights.items()}, expected)
-    if problems:
-        raise ValueError(f"{path} does not fit this model's projector: {problems}. It looks like {kind}")
-    config = read_config(os.path.dirname(path)) or {}
-    of_fuser = is_authors_config(config) or config.get("mm_projector_type") == PROJECTOR_TYPE
-    fusions = (settings.fusion, config.get("mm_fuser_fusion"))
-    without = any(name in FUSIONS and not FUSIONS[name].has_weights for name in fusions)
-    has_all = any(name.startswith("fuser.") for name in weights) or without
-    if vision_config is not None and of_fuser and has_all:
-        trained = MMFuserConfig.from_llava(config).resolve(vision_config)
-        name = settings.difference(dataclasses.replace(trained, projector=settings.projector))
-        if name is not None:
-            before, now = spell(getattr(trained, name)), spell(getattr(settings, name))
-            raise ValueError(
-                f"{path} was trained with mm_fuser_{name}={before}, but this run has {now}; "
-                f"add --mm_fuser_{name} {before}"
-            )
-    return weights
-
-
 def compare(found: Shapes, expected: Shapes) -> Optional[str]:
     """`differences`, but without any fuser weight, only the inner projector counts."""
     if not any(name.startswith("fuser.") for name in found):
@@ -252,25 +149,6 @@ def differences(found: Shapes, expected: Shapes) -> Optional[str]:
         if name in found and tuple(found[name]) != tuple(shape)
     ]
     return "; ".join(problems) or None
-
-
-def read_config(folder: str) -> Optional[Dict[str, Any]]:
-    """``config.json`` of a folder as a dict, or None where there is none.
-
-    Raises:
-        ValueError: it is not JSON in UTF-8 as transformers reads it, or no object.
-    """
-    file = os.path.join(folder, "config.json")
-    if not os.path.isfile(file):
-        return None
-    with open(file, encoding="utf-8") as stream:
-        try:
-            config = json.load(stream)
-        except (ValueError, RecursionError) as error:
-            raise ValueError(f"{file} is not JSON in UTF-8: {error}") from error
-    if not isinstance(config, dict):
-        raise ValueError(f"{file} is not a JSON object; copy the config.json that was saved with the weights")
-    return config
 
 
 def is_authors_config(config: Any) -> bool:

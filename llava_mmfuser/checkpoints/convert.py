@@ -14,21 +14,15 @@ from typing import Any, Dict, List, Mapping, Optional, Tuple
 
 import torch
 
-from . import __version__, writing
-from .block.kinds import FUSIONS
-from .checkpoint import MARK, Shapes, compare, convert_hint, from_published, is_authors_config, to_published
-from .config import FLAG_PREFIX, PROJECTOR_TYPE, MMFuserConfig, parse_layers, parse_listed_layers, spell
-from .inspection import (
-    DTYPES,
-    LORA,
-    MODEL,
-    Checkpoint,
-    check_layers,
-    projector_shapes,
-    read_checkpoint,
-    settings_of,
-    tower_config,
-)
+from ..block.kinds import FUSIONS
+from ..config import FLAG_PREFIX, PROJECTOR_TYPE, MMFuserConfig
+from ..layers import parse_layers, parse_listed_layers, spell
+from ..names import MARK, Shapes, compare, convert_hint, from_published, is_authors_config, to_published
+from ..towers import tower_config
+from . import writing
+from .files import DTYPES
+from .fit import check_layers, projector_shapes, settings_of
+from .folder import LORA, MODEL, Checkpoint, read_checkpoint
 from .writing import Step
 
 AUTHORS_SETTINGS = MMFuserConfig(layers=(-22, -17, -12, -7, -2))  # all but the layers' numbers is fixed in their code
@@ -89,8 +83,7 @@ def convert(source: str, out: str, to_authors: bool = False, link: bool = False)
     if checkpoint.index:
         weight_map = {rename(name): file for name, file in checkpoint.index["weight_map"].items()}
         steps.append(_index_step(checkpoint, {**checkpoint.index, "weight_map": weight_map}))
-    command = {"command": "convert", "to": "authors" if to_authors else "llava_mmfuser", "link": link}
-    return notes + _finish(command, checkpoint, out, steps, config, link)
+    return notes + _finish("convert", checkpoint, out, steps, config, link)
 
 
 def upgrade(
@@ -144,8 +137,7 @@ def upgrade(
             steps += _with_new_shard(checkpoint, fuser, link)
     done = {file for file in checkpoint.projectors() if file in checkpoint.adapters}
     steps += [writing.unchanged(checkpoint.path(file), file, link) for file in checkpoint.adapters if file not in done]
-    command = {"command": "upgrade", "link": link, **resolved.to_llava()}
-    return notes + _finish(command, checkpoint, out, steps, config, link)
+    return notes + _finish("upgrade", checkpoint, out, steps, config, link)
 
 
 def _upgrade_settings(
@@ -291,14 +283,13 @@ def _index_step(checkpoint: Checkpoint, index: Dict[str, Any]) -> Step:
 
 
 def _finish(
-    command: Dict[str, Any], checkpoint: Checkpoint, out: str, steps: List[Step], config: Dict[str, Any], link: bool
+    command: str, checkpoint: Checkpoint, out: str, steps: List[Step], config: Dict[str, Any], link: bool
 ) -> List[str]:
     """Carry out `steps`, then copy the other files and at last write config.json. Returns notes for the user."""
-    others = [file for file in checkpoint.others if file != writing.MANIFEST]
-    steps = steps + [writing.unchanged(checkpoint.path(file), file, link and file in LORA) for file in others]
+    steps = steps + [
+        writing.unchanged(checkpoint.path(file), file, link and file in LORA) for file in checkpoint.others
+    ]
     steps.append(writing.text("config.json", json.dumps(config, indent=2) + "\n"))
-    resumed = writing.write_folder(checkpoint.folder, out, steps, {**command, "version": __version__})
+    writing.write_folder(checkpoint.folder, out, steps, command)
     notes = [f"left out of {out}: {', '.join(checkpoint.left_out)}"] if checkpoint.left_out else []
-    if resumed:
-        notes.append(f"{resumed} files were complete from an earlier run")
     return notes + [f"{out} is complete: {len(steps)} files"]
