@@ -12,7 +12,7 @@ from typing import Any, Callable
 from . import activation
 from .block.kinds import MAX_LAYERS, check_count
 from .config import FLAG_PREFIX, MMFuserConfig
-from .layers import LAYER_SETS, parse_listed_layers, resolve_layers, spell
+from .layers import LAYER_SETS, Layers
 
 
 def main() -> int:
@@ -127,10 +127,10 @@ def _layers(options: argparse.Namespace) -> int:
         from .towers import tower_config
 
         blocks = tower_config(options.tower).num_hidden_layers
-    resolve_layers((options.query,), blocks)  # refuses a query that does not exist
+    Layers((options.query,), setting="mm_vision_select_layer").resolve(blocks)  # refuses a query that does not exist
     for name in LAYER_SETS:
         try:
-            layers = spell(resolve_layers(parse_listed_layers(name, options.query), blocks, "mm_fuser_layers"))
+            layers = str(Layers.parse_listed(name, options.query).resolve(blocks))
         except ValueError:
             layers = "none below this layer"
         _say(f"{name:8} {layers}")

@@ -6,16 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any, Dict, Optional, Tuple
 
 from .block.kinds import ATTENTION_KINDS, FUSIONS, check_num_heads, check_settings
-from .layers import (
-    LAYER_SETS,
-    NUM_UNIFORM_LAYERS,
-    Layers,
-    LayerSet,
-    parse_layers,
-    parse_listed_layers,
-    resolve_layers,
-    spell,
-)
+from .layers import LAYER_SETS, Layers, is_listed
 
 PROJECTOR_TYPE = "mmfuser"
 FLAG_PREFIX = "mm_fuser_"
@@ -30,7 +21,7 @@ class MMFuserConfig:
     """
 
     layers: Layers = field(
-        default=-2,
+        default=Layers((-2,), "uniform"),
         metadata={
             "help": "hidden_states indices fed to the fuser, shallow first, the query layer last, or a set below "
             "--mm_vision_select_layer: %s. If not given: uniform." % ", ".join(LAYER_SETS)
@@ -67,8 +58,7 @@ class MMFuserConfig:
     )
 
     def __post_init__(self):
-        if not isinstance(self.layers, LayerSet):
-            object.__setattr__(self, "layers", parse_layers(self.layers, "mm_fuser_layers"))
+        object.__setattr__(self, "layers", Layers.parse(self.layers, "mm_fuser_layers"))
         if not re.fullmatch(r"linear|mlp[1-9]\d?x_gelu", str(self.projector)):
             raise ValueError(
                 f"mm_fuser_projector={self.projector!r} is not allowed; use linear or mlpNx_gelu with "
@@ -78,10 +68,8 @@ class MMFuserConfig:
 
     @property
     def num_layers(self) -> int:
-        """Number of feature maps: those of the list or set, or `NUM_UNIFORM_LAYERS` where only the query is given."""
-        if isinstance(self.layers, LayerSet):
-            return self.layers.num_layers
-        return NUM_UNIFORM_LAYERS if isinstance(self.layers, int) else len(self.layers)
+        """Number of feature maps."""
+        return self.layers.num_layers
 
     @property
     def without_effect(self) -> Tuple[str, ...]:
@@ -130,25 +118,22 @@ class MMFuserConfig:
     def summary(self) -> str:
         """Layers and fusion in a few words."""
         if self.fusion != "mmfuser":
-            return f"hidden_states {spell(self.layers)} -> {self.fusion}"
+            return f"hidden_states {self.layers} -> {self.fusion}"
         own = "".join(f", {name} {getattr(self, name)}" for name in ATTENTION_KINDS[self.attention])
         return (
-            f"hidden_states {spell(self.layers)} -> {self.attention} attention"
+            f"hidden_states {self.layers} -> {self.attention} attention"
             f"{' + self-attention' if self.self_attention else ''}, num_heads {self.num_heads}{own}"
         )
 
-    def resolve(self, vision_config: Any, setting: str = "mm_fuser_layers") -> "MMFuserConfig":
+    def resolve(self, vision_config: Any) -> "MMFuserConfig":
         """Check the settings against a CLIP vision config and return them with explicit, non-negative layers.
-
-        `setting` is the name that the layers were given under, for error messages; see `layers_setting`.
 
         Raises:
             ValueError: layers that the tower does not have, or heads that do not divide its width.
         """
         if self.fusion == "mmfuser":
             check_num_heads(vision_config.hidden_size, self.num_heads)
-        layers = resolve_layers(self.layers, vision_config.num_hidden_layers, setting)
-        return dataclasses.replace(self, layers=layers)
+        return dataclasses.replace(self, layers=self.layers.resolve(vision_config.num_hidden_layers))
 
     @classmethod
     def from_llava(cls, source: Any) -> "MMFuserConfig":
@@ -158,11 +143,11 @@ class MMFuserConfig:
         The layers are ``mm_fuser_layers``, else ``mm_vision_select_layer``.
         """
         given = {f.name: read_setting(source, FLAG_PREFIX + f.name) for f in dataclasses.fields(cls)}
-        if given["layers"] is None:
-            select_layer = read_setting(source, "mm_vision_select_layer")
-            given["layers"] = None if select_layer is None else parse_layers(select_layer)
-        else:
-            given["layers"] = parse_listed_layers(given["layers"], read_setting(source, "mm_vision_select_layer"))
+        select_layer = read_setting(source, "mm_vision_select_layer")
+        if given["layers"] is not None:
+            given["layers"] = Layers.parse_listed(given["layers"], select_layer)
+        elif select_layer is not None:
+            given["layers"] = Layers.parse(select_layer)
         return cls(**{name: value for name, value in given.items() if value is not None})
 
     def difference(self, other: "MMFuserConfig") -> Optional[str]:
@@ -182,18 +167,12 @@ def read_setting(source: Any, name: str) -> Any:
     return source.get(name) if isinstance(source, dict) else getattr(source, name, None)
 
 
-def layers_setting(source: Any) -> str:
-    """The setting that names the layers in `source`: ``mm_fuser_layers`` if given, else ``mm_vision_select_layer``."""
-    return "mm_vision_select_layer" if read_setting(source, "mm_fuser_layers") is None else "mm_fuser_layers"
-
-
 def explicit_settings(source: Any) -> Dict[str, Any]:
     """The ``mm_fuser_*`` settings that the user gave, without the prefix; layers also from a listed select layer."""
     given = {f.name: read_setting(source, FLAG_PREFIX + f.name) for f in dataclasses.fields(MMFuserConfig)}
     select_layer = read_setting(source, "mm_vision_select_layer")
     if given["layers"] is None and select_layer is not None:
-        select_layer = parse_layers(select_layer)
-        given["layers"] = None if isinstance(select_layer, int) else select_layer
+        given["layers"] = Layers.parse(select_layer) if is_listed(select_layer) else None
     elif given["layers"] is not None:
-        given["layers"] = parse_listed_layers(given["layers"], select_layer)
+        given["layers"] = Layers.parse_listed(given["layers"], select_layer)
     return {name: value for name, value in given.items() if value is not None}

@@ -168,9 +168,12 @@ def test_pretraining_start_writes_a_config_that_describes_the_checkpoint(world):
 
 @pytest.mark.parametrize("given,query", [("list-8/-2", 7), (-3, -3), ((0, 5), 5)])
 def test_select_layer_in_the_config_is_always_an_int(world, given, query):
-    from llava_mmfuser.layers import parse_layers
+    from llava_mmfuser.layers import Layers
 
-    assert model_with(world, mm_vision_select_layer=parse_layers(given)).config.mm_vision_select_layer == query
+    assert (
+        model_with(world, mm_vision_select_layer=Layers.parse(given).select_layer).config.mm_vision_select_layer
+        == query
+    )
 
 
 def without_fuser(folder):

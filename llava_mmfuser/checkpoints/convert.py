@@ -16,7 +16,7 @@ import torch
 
 from ..block.kinds import FUSIONS
 from ..config import FLAG_PREFIX, PROJECTOR_TYPE, MMFuserConfig
-from ..layers import parse_layers, parse_listed_layers, spell
+from ..layers import Layers
 from ..names import MARK, Shapes, compare, convert_hint, from_published, is_authors_config, to_published
 from ..towers import tower_config
 from . import writing
@@ -50,7 +50,7 @@ def convert(source: str, out: str, to_authors: bool = False, link: bool = False)
     _check_format(checkpoint, "ours" if to_authors else "authors", "convert")
     config = dict(checkpoint.config)
     if to_authors:
-        settings = _authors_settings(checkpoint, settings_of(config), "mm_fuser_layers")
+        settings = _authors_settings(checkpoint, settings_of(config))
         config = {key: value for key, value in config.items() if not key.startswith(FLAG_PREFIX)}
         config.update(mm_projector_type=settings.projector, mm_vision_select_layer=list(settings.layers))
     else:
@@ -60,7 +60,7 @@ def convert(source: str, out: str, to_authors: bool = False, link: bool = False)
                 f"mm_vision_select_layer={given!r} in {source}/config.json, but the weights are those of the authors' "
                 f"fork; write the five layers it was trained with there, such as [-22, -17, -12, -7, -2]"
             )
-        settings = _authors_settings(checkpoint, settings_of(config), "mm_vision_select_layer")
+        settings = _authors_settings(checkpoint, settings_of(config))
         config.update(mm_projector_type=PROJECTOR_TYPE, mm_vision_select_layer=settings.layers[-1])
         config.update(settings.to_llava())
     expected = projector_shapes(config, settings)
@@ -120,7 +120,9 @@ def upgrade(
     config = dict(checkpoint.config)
     resolved, tower = _upgrade_settings(checkpoint, vision_tower, dict(settings or {}))
     config.update(mm_projector_type=PROJECTOR_TYPE, mm_hidden_size=tower.hidden_size, **resolved.to_llava())
-    config["mm_vision_select_layer"] = parse_layers(config["mm_vision_select_layer"])  # an int, if it was a text
+    config["mm_vision_select_layer"] = Layers.parse(
+        config["mm_vision_select_layer"]
+    ).select_layer  # an int, if it was a text
     _check_weights(checkpoint, projector_shapes(config, resolved), fuser=False)
     fresh = resolved.build(tower.hidden_size, config["hidden_size"]).state_dict()
     link, notes = _may_link(link, source, out)
@@ -151,9 +153,8 @@ def _upgrade_settings(
         )
     if config.get("s2"):
         raise ValueError(f"s2={config['s2']!r} in config.json is not supported together with a fuser")
-    query = parse_layers(config.get("mm_vision_select_layer"), "config.json: mm_vision_select_layer")
-    setting = "mm_fuser_layers" if "layers" in given else "mm_vision_select_layer"
-    given["layers"] = parse_listed_layers(given["layers"], query) if "layers" in given else query
+    query = Layers.parse(config.get("mm_vision_select_layer"), "config.json: mm_vision_select_layer")
+    given["layers"] = Layers.parse_listed(given["layers"], query) if "layers" in given else query
     name = vision_tower or config.get("mm_vision_tower")
     if not isinstance(name, str):
         raise ValueError("config.json has no mm_vision_tower; give --vision-tower PATH")
@@ -169,27 +170,27 @@ def _upgrade_settings(
         tower = tower_config(name)
     except ValueError as error:
         raise ValueError(f"{error}; name a folder that has it by --vision-tower PATH") from error
-    settings = settings.resolve(tower, setting)
+    settings = settings.resolve(tower)
     if config.get("mm_hidden_size", tower.hidden_size) != tower.hidden_size:
         raise ValueError(
             f"mm_hidden_size={config['mm_hidden_size']!r} in config.json, but the vision tower {name!r} has width "
             f"{tower.hidden_size}; give the tower that the checkpoint was trained with by --vision-tower"
         )
-    own = query % (tower.num_hidden_layers + 1)
+    own = query[-1] % (tower.num_hidden_layers + 1)
     if settings.layers[-1] != own:
         raise ValueError(
-            f"mm_fuser_layers={','.join(map(str, settings.layers))} ends at layer {settings.layers[-1]}, but the "
+            f"mm_fuser_layers={settings.layers} ends at layer {settings.layers[-1]}, but the "
             f"projector was trained on layer {own} (mm_vision_select_layer={query}); end the list with {own}"
         )
     return settings, tower
 
 
-def _authors_settings(checkpoint: Checkpoint, settings: MMFuserConfig, setting: str) -> MMFuserConfig:
+def _authors_settings(checkpoint: Checkpoint, settings: MMFuserConfig) -> MMFuserConfig:
     """`settings`, refused unless the authors' code has the same, with their layers as they are written."""
-    if isinstance(settings.layers, int) or settings.num_layers != AUTHORS_SETTINGS.num_layers:
+    if settings.layers.name or settings.num_layers != AUTHORS_SETTINGS.num_layers:
         raise ValueError(
-            f"{setting}={spell(settings.layers)} in {checkpoint.folder}/config.json, but the authors' code fuses "
-            f"exactly five listed layers"
+            f"{settings.layers.setting}={settings.layers} in {checkpoint.folder}/config.json, but the authors' code "
+            f"fuses exactly five listed layers"
         )
     for name in ("fusion", "attention", "self_attention", "num_heads", "num_points"):
         value, allowed = getattr(settings, name), getattr(AUTHORS_SETTINGS, name)
@@ -198,7 +199,7 @@ def _authors_settings(checkpoint: Checkpoint, settings: MMFuserConfig, setting: 
                 f"mm_fuser_{name}={value!r} in {checkpoint.folder}/config.json cannot be expressed in the authors' "
                 f"format; their code has {allowed!r} only"
             )
-    check_layers(checkpoint.config, settings, setting)
+    check_layers(checkpoint.config, settings)
     return settings
 
 

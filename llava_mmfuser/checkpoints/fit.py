@@ -10,7 +10,7 @@ import torch
 
 from ..block.kinds import ATTENTION_KINDS, FUSIONS, MAX_WIDTH, check_count
 from ..config import FLAG_PREFIX, PROJECTOR_TYPE, MMFuserConfig, read_setting
-from ..layers import check_order, parse_layers, parse_listed_layers, resolve_layers, spell
+from ..layers import Layers, spell
 from ..names import (
     MARK,
     Shapes,
@@ -35,7 +35,7 @@ def settings_of(config: Mapping[str, Any]) -> MMFuserConfig:
         return MMFuserConfig.from_llava(config)
     projector = config.get("mm_projector_type", "linear")
     if is_authors_config(config):
-        return MMFuserConfig(layers=parse_layers(config["mm_vision_select_layer"]), projector=projector)
+        return MMFuserConfig(layers=Layers.parse(config["mm_vision_select_layer"]), projector=projector)
     return MMFuserConfig(projector=projector)
 
 
@@ -50,20 +50,20 @@ def projector_shapes(config: Mapping[str, Any], settings: MMFuserConfig) -> Shap
     return expected_shapes(settings, config["mm_hidden_size"], config["hidden_size"])
 
 
-def check_layers(config: Mapping[str, Any], settings: MMFuserConfig, setting: str) -> bool:
+def check_layers(config: Mapping[str, Any], settings: MMFuserConfig) -> bool:
     """Check layers against the checkpoint's tower; without it, their order as far as it can be known.
 
     Returns:
         Whether the tower's config is on this machine.
 
     Raises:
-        ValueError: see `MMFuserConfig.resolve`; `setting` is the name in it.
+        ValueError: see `MMFuserConfig.resolve`.
     """
     tower = local_tower(config)
     if tower is not None:
-        settings.resolve(tower, setting)
-    elif isinstance(settings.layers, tuple):
-        check_order(settings.layers, None, setting)
+        settings.resolve(tower)
+    elif settings.layers.name is None:
+        settings.layers.check_order()
     return tower is not None
 
 
@@ -198,15 +198,15 @@ def check_tower(config: Any, vision_config: Any) -> None:
         raise ValueError("config.json has no mm_vision_select_layer, which LLaVA asks for; write the query layer there")
     if listed is None:
         return
-    blocks, query = vision_config.num_hidden_layers, parse_layers(select_layer)
-    layers = resolve_layers(parse_listed_layers(listed, select_layer), blocks, "mm_fuser_layers")
-    if isinstance(query, int):
-        same = resolve_layers((query,), blocks)[0] == layers[-1]
+    blocks, query = vision_config.num_hidden_layers, Layers.parse(select_layer)
+    layers = Layers.parse_listed(listed, select_layer).resolve(blocks)
+    if query.name:
+        same = Layers(query, setting=query.setting).resolve(blocks)[-1] == layers[-1]
     else:
-        same = resolve_layers(query, blocks) == layers
+        same = query.resolve(blocks) == layers
     if not same:
         raise ValueError(
-            f"mm_fuser_layers={spell(listed)} and mm_vision_select_layer={spell(query)} do not end at the same layer "
+            f"mm_fuser_layers={spell(listed)} and mm_vision_select_layer={query} do not end at the same layer "
             f"of mm_vision_tower={name!r}, which has {blocks} blocks; undo what was changed: the layers, the query, or "
             f"the tower. If the layers are right, write mm_vision_select_layer: {layers[-1]}"
         )

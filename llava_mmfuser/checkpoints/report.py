@@ -6,7 +6,7 @@ from types import SimpleNamespace
 from typing import Any, Dict, Iterator, List, Mapping, Optional, Tuple
 
 from ..block.kinds import FUSIONS
-from ..config import FLAG_PREFIX, PROJECTOR_TYPE, layers_setting
+from ..config import FLAG_PREFIX, PROJECTOR_TYPE
 from ..layers import spell
 from ..names import MARK, convert_hint, describe, from_published, is_authors_config, is_published, to_published
 from ..towers import check_features, check_tower_is_there, local_tower
@@ -111,8 +111,8 @@ def _setting_lines(config: Dict[str, Any]) -> Iterator[str]:
     shown = {key: value for key, value in config.items() if key.startswith("mm_") or key == "hidden_size"}
     if config.get("mm_projector_type") == PROJECTOR_TYPE or is_authors_config(config):
         settings = settings_of(config)
-        yield f"layers: {spell(settings.layers)}"
-        fuser = {FLAG_PREFIX + name: value for name, value in dataclasses.asdict(settings).items()}
+        yield f"layers: {settings.layers}"
+        fuser = {FLAG_PREFIX + f.name: getattr(settings, f.name) for f in dataclasses.fields(settings)}
         shown = {**fuser, **shown}
     for key in sorted(shown):
         yield f"{key}: {spell(shown[key])}"
@@ -141,7 +141,7 @@ def _fit_lines(config: Mapping[str, Any], projectors: Mapping[str, Mapping[str, 
         raise ValueError(f"there are no weights of a projector (no name with {MARK!r})")
     fused = config.get("mm_projector_type") == PROJECTOR_TYPE or is_authors_config(config)
     tower = local_tower(config)
-    if fused and not check_layers(config, settings, layers_setting(config)):
+    if fused and not check_layers(config, settings):
         name = config.get("mm_vision_tower")
         yield f"note: layers not compared with the vision tower, because the config of {name!r} is not on this machine"
     for label, weights in projectors.items():

@@ -5,8 +5,8 @@ import functools
 from dataclasses import field
 from typing import Any, List, Optional, Tuple
 
-from ..config import FLAG_PREFIX, PROJECTOR_TYPE, MMFuserConfig, explicit_settings, layers_setting
-from ..layers import SPELLINGS, parse_layers, spell
+from ..config import FLAG_PREFIX, PROJECTOR_TYPE, MMFuserConfig, explicit_settings
+from ..layers import SPELLINGS, Layers, spell
 from .run import check_start
 
 # name, type, default, help of flags that concern training only; upstream keeps mm_projector_lr in config.json, too
@@ -55,7 +55,7 @@ def with_fuser_flags(arguments: type) -> type:
         if hasattr(arguments, "__post_init__"):
             arguments.__post_init__(self)
         if self.mm_vision_select_layer is not None:
-            self.mm_vision_select_layer = parse_layers(self.mm_vision_select_layer)
+            self.mm_vision_select_layer = Layers.parse(self.mm_vision_select_layer).select_layer
         check_arguments(self)
         check_start(self)
 
@@ -82,7 +82,7 @@ def check_arguments(arguments: Any) -> None:
     if arguments.mm_projector_type != PROJECTOR_TYPE:
         given.update({} if lr is None else {"lr": lr})
         if given:
-            names = ", ".join(layers_setting(arguments) if name == "layers" else FLAG_PREFIX + name for name in given)
+            names = ", ".join(given["layers"].setting if name == "layers" else FLAG_PREFIX + name for name in given)
             raise ValueError(
                 f"{names} was given, which needs mm_projector_type={PROJECTOR_TYPE}, but it is "
                 f"{arguments.mm_projector_type!r}; add --mm_projector_type {PROJECTOR_TYPE} or drop the setting"

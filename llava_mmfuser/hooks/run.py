@@ -11,8 +11,8 @@ from ..block.kinds import FUSIONS
 from ..checkpoints.adapter import match_adapter, read_adapter
 from ..checkpoints.files import read_config
 from ..checkpoints.folder import FULL, folder_kind
-from ..config import FLAG_PREFIX, PROJECTOR_TYPE, MMFuserConfig, explicit_settings, layers_setting
-from ..layers import resolve_layers, spell
+from ..config import FLAG_PREFIX, PROJECTOR_TYPE, MMFuserConfig, explicit_settings
+from ..layers import spell
 from ..names import Shapes, expected_shapes
 from ..towers import check_features, tower_config
 from .optimizer import UNTRAINED
@@ -45,9 +45,9 @@ def resolve_run(model_args: Any, start: Mapping[str, Any]) -> Run:
     tower = tower_config(start.get("mm_vision_tower") or model_args.vision_tower)
     given = explicit_settings(model_args)
     if start.get("mm_projector_type") == PROJECTOR_TYPE:
-        settings = _kept_settings(start, tower, given, layers_setting(model_args))
+        settings = _kept_settings(start, tower, given)
     else:
-        settings = MMFuserConfig.from_llava(model_args).resolve(tower, layers_setting(model_args))
+        settings = MMFuserConfig.from_llava(model_args).resolve(tower)
         if start.get("mm_vision_tower") is not None:
             settings = _existing_projector_settings(start, given, settings)
     settings.refuse_useless(given, model_args)
@@ -159,11 +159,11 @@ def other_type(model_args: Any) -> str:
     )
 
 
-def _kept_settings(start: Mapping[str, Any], tower: Any, given: Dict[str, Any], setting: str) -> MMFuserConfig:
+def _kept_settings(start: Mapping[str, Any], tower: Any, given: Dict[str, Any]) -> MMFuserConfig:
     """The checkpoint's own settings; the flags may repeat them, not change them."""
     kept = MMFuserConfig.from_llava(start).resolve(tower)
     if "layers" in given:
-        given = {**given, "layers": resolve_layers(given["layers"], tower.num_hidden_layers, setting)}
+        given = {**given, "layers": given["layers"].resolve(tower.num_hidden_layers)}
     for name, value in given.items():
         if value != getattr(kept, name):
             raise ValueError(

@@ -3,7 +3,7 @@
 from typing import Any
 
 from ..checkpoints.fit import check_tower
-from ..config import PROJECTOR_TYPE, MMFuserConfig, layers_setting
+from ..config import PROJECTOR_TYPE, MMFuserConfig
 from ..layers import spell
 from ..names import convert_hint, is_authors_config
 from ..towers import check_features, return_layers, tower_config
@@ -25,7 +25,7 @@ def _settings_of_checkpoint(config: Any, vision_tower: str) -> MMFuserConfig:
     """Of a config.json, checked against the tower's, before the tower's weights are read."""
     check_features(config)
     vision_config = tower_config(vision_tower)
-    settings = MMFuserConfig.from_llava(config).resolve(vision_config, layers_setting(config))
+    settings = MMFuserConfig.from_llava(config).resolve(vision_config)
     if hasattr(config, "mm_hidden_size"):  # not of arguments that somebody made by hand
         check_tower(config, vision_config)
     return settings

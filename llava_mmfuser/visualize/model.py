@@ -11,8 +11,8 @@ from ..block.kinds import FUSIONS
 from ..checkpoints.files import read_config, read_tensor
 from ..checkpoints.fit import settings_of
 from ..checkpoints.folder import read_checkpoint
-from ..config import PROJECTOR_TYPE, MMFuserConfig, layers_setting
-from ..layers import LAYER_SETS, parse_layers, parse_listed_layers
+from ..config import PROJECTOR_TYPE, MMFuserConfig
+from ..layers import LAYER_SETS, Layers
 from ..names import MARK, differences, is_authors_config, rename_published
 from ..towers import CLIP_TYPES, tower_config
 
@@ -44,7 +44,7 @@ def read_model(
         path: checkpoint, adapter or LoRA folder of any format, released LLaVA, or CLIP tower; or its name on the hub.
         base: where to look for weights that are not in `path`, as those of a projector that LoRA left frozen.
         vision_tower: the tower, if not ``mm_vision_tower`` of config.json.
-        layers: for a model without a fuser, see `parse_layers`; None takes ``mm_vision_select_layer``, else -2.
+        layers: for a model without a fuser, see `Layers.parse`; None takes ``mm_vision_select_layer``, else -2.
         device: of the computation, which is in float32; None takes cuda where there is one, else cpu.
 
     Raises:
@@ -61,7 +61,7 @@ def read_model(
         tower_settings = tower_config(name)
     except ValueError as error:
         raise ValueError(f"{error}; name a folder that has it by --vision-tower PATH") from error
-    settings = settings.resolve(tower_settings, "--layers" if layers is not None else layers_setting(config))
+    settings = settings.resolve(tower_settings)
     label, folders, notes = os.path.basename(os.path.abspath(path)), [path] + [base] * bool(base), []
 
     fuser = settings.build(tower_settings.hidden_size, config.get("hidden_size", tower_settings.hidden_size))
@@ -122,8 +122,8 @@ def _settings(path: str, config: Mapping[str, Any], layers: Optional[str]) -> MM
     if not _has_fuser(config):
         query = config.get("mm_vision_select_layer", -2)
         if layers in LAYER_SETS:
-            return MMFuserConfig(layers=parse_listed_layers(layers, query))
-        return MMFuserConfig(layers=query if layers is None else parse_layers(layers, "--layers"))
+            return MMFuserConfig(layers=Layers.parse_listed(layers, query, "--layers"))
+        return MMFuserConfig(layers=Layers.parse(query) if layers is None else Layers.parse(layers, "--layers"))
     if layers is not None:
         raise ValueError(f"--layers={layers}, but {path} has a fuser, which knows its layers; drop the flag")
     return settings_of(config)
