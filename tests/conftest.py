@@ -9,9 +9,9 @@ import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT / "scripts"), str(ROOT / "tests")]
+sys.path[:0] = [str(ROOT / "scripts"), str(ROOT / "tests" / "host")]
 
-TORCH = tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2])
+from versions import TORCH  # noqa: E402
 
 
 def pytest_configure(config):

@@ -19,7 +19,7 @@ import pytest
 from evaluation import harness, paired
 from evaluation.suites import SUITES
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parent.parent.parent
 ENVIRONMENTS = Path(os.environ.get("EVALUATE_ENV") or Path(sys.prefix) / "evaluate")
 YAML = """
 task: {name}

@@ -2,17 +2,16 @@
 
 import json
 import sys
-from pathlib import Path
 
 import host
 import pytest
 import torch
+from tiny import SEEDED, answer
 
 from llava_mmfuser import MMFuser
 
 FUSER_NAMES = {"model.mm_projector.fuser." + name for name, _ in MMFuser(64).named_parameters()}
 MLP_NAMES = {f"model.mm_projector.{layer}.{kind}" for layer in (0, 2) for kind in ("weight", "bias")}
-HERE = Path(__file__).parent
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port"]
 
 
@@ -52,33 +51,6 @@ def test_finetuning_saves_a_full_checkpoint_that_describes_itself(finetuned):
     config = json.loads((finetuned / "config.json").read_text())
     assert config["mm_projector_type"] == "mmfuser" and config["mm_fuser_layers"] == [3, 4, 5, 6, 7]
     assert config["mm_vision_select_layer"] == -2
-
-
-# Answers a held-out question through LLaVA's own loader, as llava/eval/model_vqa.py does.
-ANSWER = """
-import json, sys, torch
-from PIL import Image
-from llava.constants import IMAGE_TOKEN_INDEX
-from llava.mm_utils import get_model_name_from_path, process_images, tokenizer_image_token
-from llava.model.builder import load_pretrained_model
-from llava.utils import disable_torch_init
-path, base, data, result = sys.argv[1:]
-disable_torch_init()
-tokenizer, model, processor, _ = load_pretrained_model(path, base or None, get_model_name_from_path(path), device="cpu")
-record = json.load(open(data + "/heldout.json"))[0]
-images = process_images([Image.open(data + "/" + record["image"])], processor, model.config).to(torch.float16)
-ids = tokenizer_image_token("USER: <image>\\nWhat is the number? ASSISTANT:", tokenizer, IMAGE_TOKEN_INDEX,
-                            return_tensors="pt")[None]
-with torch.inference_mode():
-    torch.save({"answer": model.generate(ids, images=images, do_sample=False, max_new_tokens=4),
-                "logits": model(ids, images=images).logits,
-                "projector": model.get_model().mm_projector.state_dict()}, result)
-"""
-
-
-def answer(world, path, result, base=""):
-    done = host.run([sys.executable, "-c", ANSWER, path, base, world / "data", result])
-    return torch.load(result), done.stdout
 
 
 @pytest.mark.fp16_cpu
@@ -176,15 +148,6 @@ assert model.get_model().mm_projector.fuser.cross_gate.scale.abs().max() > 0
     assert f"fuser weights: from {finetune}" in host.python(code).stdout
 
 
-# Upstream draws the projector's initial weights unseeded.
-SEEDED = """
-import runpy, sys, torch
-torch.manual_seed(0)
-sys.argv = sys.argv[1:]
-runpy.run_path(sys.argv[0], run_name="__main__")
-"""
-
-
 @pytest.mark.parametrize("kind", ["mlp2x_gelu", "linear"])
 def test_other_projector_types_train_bit_for_bit_as_without_the_package(world, tmp_path, kind):
     saved, launcher = [], [sys.executable, "-c", SEEDED]
@@ -274,4 +237,4 @@ def test_fuser_initialises_and_trains_under_zero3(world):
         MASTER_ADDR="127.0.0.1",
         MASTER_PORT=str(host.free_port()),
     )
-    host.run([sys.executable, HERE / "zero3_init.py", world], env=env)
+    host.run([sys.executable, host.HERE / "zero3_init.py", world], env=env)

@@ -9,7 +9,7 @@ from pathlib import Path
 import host
 import pytest
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parent.parent.parent
 SHOW_HOOK = (
     "import sys; print(sorted(m for m in sys.modules if m.startswith(('llava', 'torch', 'transformers'))), "
     "[type(f).__module__ for f in sys.meta_path if 'mmfuser' in type(f).__module__])"
@@ -299,7 +299,7 @@ print(__name__, sys.argv[1:], type(build_vision_projector(config)).__name__)
 def test_source_patch_does_what_the_hook_does(world, tmp_path):
     """patches/: the real sources, patched; the automatic hook off. Training is bit-equal to the hook's."""
     import torch
-    from test_training import SEEDED
+    from tiny import SEEDED
 
     folder = tmp_path / "vendored"
     shutil.copytree(host.train_py().parent.parent, folder / "llava")

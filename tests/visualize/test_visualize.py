@@ -17,7 +17,7 @@ from llava.model.builder import load_pretrained_model
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from test_llava import model_with
+from tiny import model_with
 from transformers import CLIPImageProcessor, CLIPVisionModel
 
 from llava_mmfuser import __main__ as command_line

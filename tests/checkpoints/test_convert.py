@@ -1,8 +1,7 @@
-"""Converting, upgrading and inspecting checkpoints: real files, loaded by the real LLaVA."""
+"""Converting and upgrading checkpoints: real files, loaded by the real LLaVA."""
 
 import dataclasses
 import errno
-import hashlib
 import json
 import os
 import re
@@ -15,163 +14,33 @@ from pathlib import Path
 import host
 import pytest
 import torch
+from layouts import (
+    BIN,
+    DAMAGE,
+    FULL,
+    LAYERS,
+    LAYOUTS,
+    SAFE,
+    THEIRS,
+    change_config,
+    config_of,
+    edit_weights,
+    fingerprint,
+    read,
+    same,
+    save,
+    without,
+)
 from llava.model import LlavaLlamaForCausalLM
 from llava.model.builder import load_pretrained_model
 from safetensors.torch import load_file, save_file
-from test_llava import IMAGES, model_with
+from tiny import IMAGES, model_with
 
 from llava_mmfuser import MMFuserConfig
-from llava_mmfuser import __main__ as command_line
 from llava_mmfuser.checkpoints import writing as module
 from llava_mmfuser.checkpoints.convert import convert, upgrade
 
-LAYERS = [-8, -6, -5, -3, -2]  # of a tower with 8 blocks
 IDS = torch.tensor([[1, -200, 5, 6], [1, -200, 7, 8]])
-FULL = ["single safetensors", "sharded safetensors", "single bin", "sharded bin"]
-LAYOUTS = FULL + ["adapter", "lora"]
-# paper.md, "Names in the authors' published adapters"
-ATTENTION = ["sampling_offsets", "attention_weights", "value_proj", "output_proj"]
-PARTS = [f"{side}_attn.{part}" for side in ("cross", "self") for part in ATTENTION] + ["query_norm", "feat_norm"]
-THEIRS = {f"fuser.{part}.{kind}": f"0.{part}.{kind}" for part in PARTS for kind in ("weight", "bias")}
-THEIRS.update({f"fuser.self_norm.{kind}": f"0.norm1.{kind}" for kind in ("weight", "bias")})
-THEIRS.update({f"{ours}.{kind}": f"{theirs}.{kind}" for ours, theirs in ("01", "23") for kind in ("weight", "bias")})
-THEIRS.update({"fuser.cross_gate.scale": "0.gamma1", "fuser.self_gate.scale": "0.gamma2"})
-
-
-def read(folder):
-    """All tensors of a folder's model or adapter files, by file and name."""
-    found = {}
-    for path in sorted(folder.iterdir()):
-        if path.suffix == ".safetensors":
-            found.update({(path.name, name): value for name, value in load_file(path).items()})
-        elif path.suffix == ".bin" and path.name != "training_args.bin":
-            state = torch.load(path, map_location="cpu", weights_only=True)
-            found.update({(path.name, name): value for name, value in state.items()})
-    return found
-
-
-def same(left, right):
-    assert left.keys() == right.keys()
-    for key, value in left.items():
-        assert value.dtype == right[key].dtype and torch.equal(value, right[key]), key
-    return True
-
-
-def config_of(folder):
-    return json.loads((folder / "config.json").read_text())
-
-
-def write_json(path, content):
-    path.write_text(json.dumps(content))
-
-
-def change_config(folder, **changes):
-    config = {**config_of(folder), **changes}
-    write_json(folder / "config.json", {key: value for key, value in config.items() if value is not None})
-
-
-def fingerprint(folder):
-    """Content and time of last change of everything below a folder."""
-    return {
-        str(path.relative_to(folder)): (
-            path.is_dir() or hashlib.sha256(path.read_bytes()).hexdigest(),
-            path.stat().st_mtime_ns,
-        )
-        for path in sorted(folder.rglob("*"))
-    }
-
-
-def in_their_names(folder):
-    """Turn a folder in our format into the authors', with the table above."""
-    rename = {f"mm_projector.{ours}": f"mm_projector.{theirs}" for ours, theirs in THEIRS.items()}
-
-    def their(name):
-        before, mark, rest = name.partition("mm_projector.")
-        return before + rename[mark + rest] if mark else name
-
-    for path in folder.iterdir():
-        if path.suffix == ".safetensors" and path.name.startswith("model"):
-            save_file({their(name): value for name, value in load_file(path).items()}, path, metadata={"format": "pt"})
-        elif path.suffix == ".bin" and not path.name.startswith(("adapter_", "training")):
-            torch.save({their(name): value for name, value in torch.load(path, weights_only=True).items()}, path)
-        elif path.name.endswith(".index.json"):
-            index = json.loads(path.read_text())
-            index["weight_map"] = {their(name): file for name, file in index["weight_map"].items()}
-            write_json(path, index)
-    config = {key: value for key, value in config_of(folder).items() if not key.startswith("mm_fuser_")}
-    config.update(mm_projector_type="mlp2x_gelu", mm_vision_select_layer=LAYERS)
-    write_json(folder / "config.json", config)
-
-
-def save(model, folder, layout):
-    if layout in FULL:
-        shards = {"max_shard_size": "300KB"} if layout.startswith("sharded") else {}
-        model.save_pretrained(folder, safe_serialization=layout.endswith("safetensors"), **shards)
-    else:
-        folder.mkdir()
-        model.config.save_pretrained(folder)
-        projector = {
-            f"model.mm_projector.{n}": v.bfloat16() for n, v in model.get_model().mm_projector.state_dict().items()
-        }
-        if layout == "adapter":
-            torch.save(projector, folder / "mm_projector.bin")
-        else:
-            projector["model.embed_tokens.weight"] = torch.ones(3)
-            torch.save({f"base_model.model.{n}": v for n, v in projector.items()}, folder / "non_lora_trainables.bin")
-            write_json(folder / "adapter_config.json", {"peft_type": "LORA"})
-            lora = {"base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight": torch.ones(2, 4)}
-            save_file(lora, folder / "adapter_model.safetensors", metadata={"format": "pt"})
-    (folder / "tokenizer_config.json").write_text("{}")
-    (folder / "trainer_state.json").write_text("{}")
-    torch.save({"lr": 1}, folder / "training_args.bin")
-    (folder / "checkpoint-100").mkdir()
-    (folder / "checkpoint-100" / "model.safetensors").write_text("old")
-
-
-@pytest.fixture(scope="session")
-def made(world, tmp_path_factory):
-    """Folder of one checkpoint per format ("ours", "theirs", "plain") and layout; for reading only."""
-    folder = tmp_path_factory.mktemp("checkpoints")
-    torch.manual_seed(5)
-    for kind in ("ours", "plain"):
-        settings = (
-            dict(mm_vision_select_layer=tuple(LAYERS)) if kind == "ours" else dict(mm_projector_type="mlp2x_gelu")
-        )
-        model = model_with(world, **settings)
-        with torch.no_grad():
-            for parameter in model.get_model().mm_projector.parameters():
-                parameter.uniform_(-0.3, 0.3)
-        if kind == "ours":
-            model.config.mm_fuser_layers, model.config.mm_vision_select_layer = LAYERS, LAYERS[-1]
-        for layout in LAYOUTS:
-            save(model, folder / f"{kind} {layout}", layout)
-            if kind == "ours":
-                shutil.copytree(folder / f"ours {layout}", folder / f"theirs {layout}")
-                in_their_names(folder / f"theirs {layout}")
-    return folder
-
-
-@pytest.fixture
-def take(made, tmp_path):
-    """A copy of one of those checkpoints."""
-
-    def copied(kind, layout, name="in"):
-        return shutil.copytree(made / f"{kind} {layout}", tmp_path / name)
-
-    return copied
-
-
-@pytest.fixture
-def cli(monkeypatch, capsys):
-    """Run a command in this process: exit code, stdout, stderr."""
-
-    def call(*arguments):
-        monkeypatch.setattr(sys, "argv", ["llava_mmfuser", *map(str, arguments)])
-        capsys.readouterr()
-        code = command_line.main()
-        return (code, *capsys.readouterr())
-
-    return call
 
 
 def load(folder):
@@ -387,100 +256,6 @@ def test_upgrade_to_a_fusion_that_is_no_identity_is_refused(made, world, tmp_pat
     assert "use mmfuser or weighted_sum or channel_concat or dense_channel" in err and not (tmp_path / "out").exists()
 
 
-class Malicious:
-    def __reduce__(self):
-        return os.mkdir, ("llava-mmfuser-test-was-run",)
-
-
-def truncate(path, by=100):
-    with open(path, "r+b") as stream:
-        stream.truncate(path.stat().st_size - by)
-
-
-def edit_index(folder, change):
-    path = folder / "model.safetensors.index.json"
-    index = json.loads(path.read_text())
-    change(index)
-    write_json(path, index)
-
-
-def edit_weights(path, change):
-    state = load_file(path) if path.suffix == ".safetensors" else torch.load(path, weights_only=True)
-    change(state)
-    save_file(state, path, metadata={"format": "pt"}) if path.suffix == ".safetensors" else torch.save(state, path)
-
-
-def without(*parts):
-    def drop(state):
-        for name in [name for name in state if any(part in name for part in parts)]:
-            del state[name]
-
-    return drop
-
-
-def first_shard(folder):
-    return sorted(folder.glob("model-*.safetensors"))[0]
-
-
-SAFE, SHARDED, BIN = "single safetensors", "sharded safetensors", "single bin"
-DAMAGE = [
-    # name, layout, what is done to a checkpoint of any format, message
-    ("no config", SAFE, lambda f: (f / "config.json").unlink(), "has no config.json"),
-    ("bad config", SAFE, lambda f: (f / "config.json").write_text("{"), "config.json is not JSON"),
-    ("config is a list", SAFE, lambda f: (f / "config.json").write_text("[]"), "not a JSON object"),
-    ("shard absent", SHARDED, lambda f: first_shard(f).unlink(), "names the shard model-00001.* not there"),
-    ("shard truncated", SHARDED, lambda f: truncate(first_shard(f)), "truncated or damaged"),
-    ("header truncated", SAFE, lambda f: os.truncate(f / "model.safetensors", 20), "not a complete safetensors"),
-    ("empty file", SAFE, lambda f: os.truncate(f / "model.safetensors", 0), "not a complete safetensors"),
-    ("lfs pointer", SAFE, lambda f: (f / "model.safetensors").write_text("version https://git-lfs"), "not a complete"),
-    ("bin truncated", BIN, lambda f: truncate(f / "pytorch_model.bin"), "cannot be read as tensors"),
-    ("adapter truncated", "adapter", lambda f: truncate(f / "mm_projector.bin"), "cannot be read as tensors"),
-    ("pickle", BIN, lambda f: torch.save({"a": Malicious()}, f / "pytorch_model.bin"), "could run code"),
-    ("no tensors", BIN, lambda f: torch.save({"a": 1}, f / "pytorch_model.bin"), "not a state dict"),
-    ("no weights", SAFE, lambda f: (f / "model.safetensors").unlink(), "has no weights"),
-    ("index no JSON", SHARDED, lambda f: (f / "model.safetensors.index.json").write_text("?"), "is not JSON"),
-    ("index without map", SHARDED, lambda f: edit_index(f, lambda i: i.pop("weight_map")), "not an index of shards"),
-    (
-        "index leads out",
-        SHARDED,
-        lambda f: edit_index(f, lambda i: i["weight_map"].update(a="../x.bin")),
-        "same folder",
-    ),
-    (
-        "index names more",
-        SHARDED,
-        lambda f: edit_index(f, lambda i: i["weight_map"].update(a=first_shard(f).name)),
-        "disagree about a",
-    ),
-    (
-        "no LoRA weights",
-        "lora",
-        lambda f: (f / "adapter_model.safetensors").unlink(),
-        "adapter_config.json, but neither",
-    ),
-    (
-        "no projector",
-        SAFE,
-        lambda f: edit_weights(f / "model.safetensors", without("mm_projector")),
-        "no weights of a projector",
-    ),
-    ("misshapen", SAFE, lambda f: change_config(f, hidden_size=65), r"is \[64\] instead of \[65\]"),
-    (
-        "unexpected",
-        SAFE,
-        lambda f: edit_weights(
-            f / "model.safetensors", lambda s: s.update({"model.mm_projector.9.bias": torch.ones(1)})
-        ),
-        "unexpected 9.bias",
-    ),
-    ("no width", SAFE, lambda f: change_config(f, hidden_size=None), "hidden_size=None"),
-    (
-        "no LLaVA",
-        SAFE,
-        lambda f: (f / "config.json").write_text('{"hidden_size": 64}'),
-        "neither mm_vision_tower nor mm_projector_type|it must be|mm_vision_select_layer=None",
-    ),
-]
 FORMATS = {
     "convert": ("theirs", ["convert"]),
     "to authors": ("ours", ["convert", "--to", "authors"]),
@@ -765,103 +540,6 @@ def test_memory_does_not_grow_with_the_file(take, tmp_path, kernel, monkeypatch)
     assert (tmp_path / "big-out" / "model.safetensors").stat().st_size > size
     assert large - small < 100e6
     shutil.rmtree(tmp_path / "big-out")
-
-
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("kind", ["ours", "plain", "theirs"])
-def test_inspect_tells_what_is_there(made, cli, kind, layout):
-    folder = made / f"{kind} {layout}"
-    before = fingerprint(folder)
-    code, out, err = cli("inspect", folder)
-    *lines, verdict = out.splitlines()
-    assert err == "" and fingerprint(folder) == before
-    if kind == "theirs":
-        assert (
-            code == 1 and f"python -m llava_mmfuser convert {folder}" in verdict and verdict.startswith("loads: no, ")
-        )
-    else:
-        assert code == 0 and verdict == "loads: yes, under such a name", verdict
-    assert any(
-        line.startswith("type: ") and {"adapter": "adapter", "lora": "LoRA"}.get(layout, "full") in line
-        for line in lines
-    )
-    assert len([line for line in lines if "MLP, 4 tensors" in line]) == 1 or layout.startswith("sharded")
-    if kind == "plain":
-        assert "gate" not in out and "layers:" not in out.replace("num_", "")
-        return
-    assert (
-        "layers: -8,-6,-5,-3,-2" in lines
-        and "mm_fuser_num_heads: 16" in lines
-        and "mm_fuser_self_attention: True" in lines
-    )
-    tensors = sum(int(re.search(r"fuser, (\d+) tensors", line).group(1)) for line in lines if "fuser, " in line)
-    assert tensors == 24 and (("bfloat16" in out) == (layout in ("adapter", "lora")))
-    gate = next(v for (_, n), v in read(folder).items() if n.endswith(("cross_gate.scale", "0.gamma1"))).float().abs()
-    assert f"cross gate: mean |g| {gate.mean():.4g}, max |g| {gate.max():.4g}" in lines
-
-
-@pytest.mark.parametrize("layout,damage,message", [case[1:] for case in DAMAGE], ids=[case[0] for case in DAMAGE])
-def test_inspect_says_why_a_checkpoint_does_not_load(take, cli, layout, damage, message):
-    folder = take("ours", layout)
-    damage(folder)
-    code, out, err = cli("inspect", folder)
-    assert (
-        code == 1
-        and err == ""
-        and re.search("loads: no, .*(" + message + "|are no weights of a projector)", out.splitlines()[-1])
-    ), out
-
-
-@pytest.mark.parametrize(
-    "change,message",
-    [
-        (lambda f: change_config(f, mm_fuser_layers=[3, 9]), "layer 9 does not exist"),
-        (lambda f: change_config(f, mm_fuser_layers=[3, 7]), "sampling_offsets.weight is"),
-        (lambda f: change_config(f, mm_fuser_num_heads=5), "mm_fuser_num_heads=5 does not divide"),
-        (lambda f: change_config(f, mm_projector_type="mlp2x_gelu"), "but the weights hold a fuser"),
-        (lambda f: edit_weights(f / "model.safetensors", without("cross_gate")), "missing fuser.cross_gate.scale"),
-        (
-            lambda f: save_file(load_file(f / "model.safetensors"), f / "model.safetensors"),
-            "no 'format' in its metadata",
-        ),
-    ],
-)
-def test_inspect_finds_what_does_not_fit(take, cli, change, message):
-    folder = take("ours", SAFE)
-    change(folder)
-    code, out, _ = cli("inspect", folder)
-    assert code == 1 and re.search("loads: no, .*" + message, out.splitlines()[-1]), out
-
-
-def test_inspect_warns_about_a_fuser_that_starts_as_identity(take, cli):
-    folder = take("ours", SAFE)
-    edit_weights(folder / "model.safetensors", without(".fuser."))
-    code, out, _ = cli("inspect", folder)
-    assert code == 0 and "warning: the model has no weights of the fuser, which starts as the identity" in out
-
-
-def test_inspect_does_not_look_for_the_tower_on_the_net(take, cli, monkeypatch):
-    import huggingface_hub
-
-    folder = take("ours", SAFE)
-    change_config(folder, mm_vision_tower="openai/clip-not-here")
-    monkeypatch.setattr(huggingface_hub.file_download, "get_hf_file_metadata", lambda *a, **k: pytest.fail("download"))
-    code, out, _ = cli("inspect", folder)
-    assert code == 0 and "layers not compared" in out
-
-
-@pytest.mark.parametrize("kind", ["ours", "plain", "theirs"])
-def test_inspect_reads_a_lone_adapter_file(take, cli, kind):
-    file = take(kind, "adapter") / "mm_projector.bin"
-    assert cli("inspect", file)[0] == 0
-    (file.parent / "config.json").unlink()
-    code, out, _ = cli("inspect", file)
-    assert code == 0 and "no config.json beside it" in out and ("authors' names" in out) == (kind == "theirs")
-    truncate(file)
-    code, out, _ = cli("inspect", file)
-    assert code == 1 and "loads: no, " in out
-    code, _, err = cli("inspect", file.parent / "nothing.bin")
-    assert code == 1 and "neither a file nor a folder" in err
 
 
 def test_commands_work_from_a_shell_and_help_explains_copying(made, tmp_path):

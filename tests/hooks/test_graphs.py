@@ -4,8 +4,8 @@ import warnings
 
 import pytest
 import torch
-from conftest import TORCH
-from test_llava import projector_config, tower
+from tiny import projector_config, tower
+from versions import TORCH
 
 from llava_mmfuser.block.kinds import ATTENTION_KINDS, FUSIONS
 

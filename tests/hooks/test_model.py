@@ -12,52 +12,15 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from llava.model import LlavaConfig, LlavaLlamaForCausalLM, llava_arch
+from llava.model import LlavaLlamaForCausalLM, llava_arch
 from llava.model.multimodal_encoder.clip_encoder import CLIPVisionTower
 from llava.model.multimodal_projector.builder import build_vision_projector
+from tiny import IMAGES, arguments, model_with, projector_config, tower
 from torch.utils.checkpoint import checkpoint
 
 from llava_mmfuser import MMFuser, MMFuserProjector, patching
 from llava_mmfuser.block.kinds import ATTENTION_KINDS, FUSIONS
 from llava_mmfuser.llava_patch import PATCHES
-
-
-def arguments(world, **settings):
-    """`ModelArguments` as train.py would hand them over."""
-    values = dict(
-        vision_tower=str(world / "clip"),
-        mm_vision_select_layer=-2,
-        mm_vision_select_feature="patch",
-        mm_projector_type="mmfuser",
-        pretrain_mm_mlp_adapter=None,
-        mm_patch_merge_type="flat",
-    )
-    return SimpleNamespace(**{**values, **settings})
-
-
-def tower(world, **settings):
-    return CLIPVisionTower(str(world / "clip"), arguments(world, **settings))
-
-
-def projector_config(**settings):
-    values = dict(mm_projector_type="mmfuser", mm_hidden_size=32, hidden_size=48, mm_vision_select_layer=-2)
-    return SimpleNamespace(**{**values, **settings})
-
-
-def small_config(**settings):
-    return LlavaConfig(
-        vocab_size=64, hidden_size=64, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2, **settings
-    )
-
-
-def model_with(world, **settings):
-    """A LLaVA from a bare language model, as pretraining makes it."""
-    model = LlavaLlamaForCausalLM(small_config())
-    model.get_model().initialize_vision_modules(arguments(world, **settings))
-    return model
-
-
-IMAGES = torch.rand(3, 3, 28, 28)
 
 
 @pytest.mark.parametrize(

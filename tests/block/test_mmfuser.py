@@ -3,28 +3,10 @@ import math
 import paper
 import pytest
 import torch
+from blocks import HALF_TOLERANCE, awake, close, maps
 
 from llava_mmfuser import MMFuser
 from llava_mmfuser.block.kinds import ATTENTION_KINDS
-
-# bf16 and fp16 against float64 on the same rounded inputs and weights: largest deviation relative to the largest value.
-HALF_TOLERANCE = {torch.bfloat16: 8e-3, torch.float16: 1e-3}
-
-
-def awake(fuser, spread=2.0, scale=0.3):
-    """Random values everywhere, so that gates, offsets and attention weights all matter."""
-    with torch.no_grad():
-        for name, parameter in fuser.named_parameters():
-            parameter.add_(torch.randn_like(parameter) * (spread if name.endswith("sampling_offsets.bias") else scale))
-    return fuser
-
-
-def maps(num_layers, batch=2, side=4, width=16, dtype=torch.float64):
-    return [torch.randn(batch, side * side, width, dtype=dtype, requires_grad=True) for _ in range(num_layers)]
-
-
-def close(found, expected, limit):
-    return (found - expected).abs().max() <= limit * expected.abs().max()
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ import tempfile
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-ROOT = HERE.parent
+ROOT = HERE.parent.parent
 sys.path[:0] = [str(ROOT / "scripts")]  # conftest may not have done so
 
 import warm  # noqa: E402

@@ -3,7 +3,7 @@
 import paper
 import pytest
 import torch
-from test_fuser import HALF_TOLERANCE, awake, close, maps
+from blocks import HALF_TOLERANCE, awake, close, maps
 
 from llava_mmfuser import MMFuser
 from llava_mmfuser.block.attention import build_attention

@@ -12,7 +12,7 @@ import pytest
 import torch
 from llava.model import LlavaLlamaForCausalLM, builder
 from safetensors.torch import load_file, save_file
-from test_llava import arguments, model_with
+from tiny import arguments, model_with
 from transformers import modeling_utils
 
 from llava_mmfuser.__main__ import main

@@ -4,7 +4,6 @@ import json
 import os
 import sys
 import time
-from pathlib import Path
 from types import SimpleNamespace
 
 import host
@@ -14,8 +13,6 @@ import torch
 from llava_mmfuser import MMFuser
 from llava_mmfuser.hooks.optimizer import gate_means, regroup, warn_if_shut
 from llava_mmfuser.hooks.resuming import load_trainables, save_trainables
-
-HERE = Path(__file__).parent
 
 
 class Model(torch.nn.Module):

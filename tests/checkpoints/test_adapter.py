@@ -7,7 +7,7 @@ import pytest
 import torch
 from llava.model import LlavaMistralForCausalLM
 from llava.model.language_model.llava_mistral import LlavaMistralConfig
-from test_llava import IMAGES, arguments, model_with
+from tiny import IMAGES, arguments, model_with
 
 from llava_mmfuser import MMFuserConfig, MMFuserProjector
 from llava_mmfuser.checkpoints.adapter import read_adapter

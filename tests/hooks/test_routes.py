@@ -6,7 +6,6 @@ Training runs at learning rate 0, so that what was loaded is what is saved, bit 
 import json
 import shutil
 import sys
-from pathlib import Path
 
 import host
 import pytest
@@ -16,8 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from llava_mmfuser import MMFuser
 
-HERE = Path(__file__).parent
-ROOT = HERE.parent
+ROOT = host.ROOT
 STARTS = ("Vicuna", "released full", "released LoRA", "our adapter", "MLP adapter", "authors' adapter", "authors' full")
 ADAPTERS = ("our adapter", "MLP adapter", "authors' adapter")
 TRAINING = ("pretrain", "finetune", "LoRA", "QLoRA", "ZeRO-2", "ZeRO-3")
@@ -229,7 +227,7 @@ def trained(starts):
 
 def quantised_training(starts, output, bits=4, **options):
     arguments = host.train_arguments(starts.world, output, "finetune", bits=bits, **options)
-    return host.run([sys.executable, HERE / "quantised.py"] + arguments)
+    return host.run([sys.executable, host.HERE / "quantised.py"] + arguments)
 
 
 def saved(output):
@@ -377,7 +375,7 @@ with torch.inference_mode():
                 "fuser": projector.fuser.state_dict()}, result)
 """
     released = starts[start] if start == "released full" else ""
-    host.run([sys.executable, "-c", code, folder, route[0], tmp_path / "quant.pt", released, HERE])
+    host.run([sys.executable, "-c", code, folder, route[0], tmp_path / "quant.pt", released, host.HERE])
     quant = torch.load(tmp_path / "quant.pt")
     _, model, _, _ = load(folder)
     fuser = model.get_model().mm_projector.fuser
