@@ -46,6 +46,7 @@ class MMFuserProjector(Resettable, nn.Module):
         self.missing = []  # names of the fuser's tensors that the checkpoint lacked from which this was loaded
         self.lr = None  # of the fuser; None takes that of the projector
         self.log_gates = True  # whether the Trainer logs the fuser's gates
+        self._in_model = False  # whether that was a whole model's
         self._problems = None  # what that state dict lacked or had too much
         self.register_load_state_dict_post_hook(self._after_load_state_dict)
 
@@ -135,6 +136,7 @@ class MMFuserProjector(Resettable, nn.Module):
         shapes = {key[len(prefix) :]: tuple(value.shape) for key, value in state_dict.items() if key.startswith(prefix)}
         fuser = {"fuser." + name for name, _ in self.fuser.named_parameters()}
         self.num_loaded = len(fuser & shapes.keys()) if shapes and fuser else None
+        self._in_model = prefix != ""  # whoever loads the projector alone reports it
         # A shard of a whole model may hold any part of the projector; an adapter must hold all of it.
         whole = prefix == "" or (shapes and all(MARK in key for key in state_dict))
         whole = whole and not any(hasattr(value, "ds_id") for value in self.parameters())  # loaded by DeepSpeed itself
@@ -153,10 +155,6 @@ class MMFuserProjector(Resettable, nn.Module):
             for key in missing:
                 incompatible_keys.missing_keys.remove(key)
             logger.warning("none of %d fuser tensors is in this state dict; the fuser keeps its present weights", total)
-        elif self.num_loaded is not None:
-            logger.log(
-                logging.INFO if self.num_loaded == total else logging.WARNING,
-                "loaded %d of %d fuser tensors",
-                self.num_loaded,
-                total,
-            )
+        elif self.num_loaded is not None and (self._in_model or self.num_loaded < total):
+            level = logging.INFO if self.num_loaded == total else logging.WARNING
+            logger.log(level, "loaded %d of %d fuser tensors", self.num_loaded, total)

@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from .block.kinds import MAX_LAYERS, MAX_WIDTH, check_count
 from .block.sampling import is_recorded
-from .config import PROJECTOR_TYPE
+from .config import PROJECTOR_TYPE, read_setting
 from .patching import stand_in
 
 CLIP_TYPES = ("clip", "clip_vision_model")  # model_type of the vision towers that can be hooked
@@ -45,14 +45,14 @@ def tower_config(name: str, local_files_only: bool = False) -> Any:
 
 
 def check_features(source: Any) -> None:
-    """Refuse a config or `ModelArguments` under which the vision tower returns what a fuser cannot read.
+    """Refuse a tower, a config (dict or object) or `ModelArguments` with which features come that no fuser can read.
 
     Raises:
         ValueError: ``s2``, or a ``mm_vision_select_feature`` other than `SELECT_FEATURES`.
     """
-    if getattr(source, "s2", False):
+    if read_setting(source, "s2") or hasattr(source, "forward_feature"):  # several scales side by side
         raise ValueError(f"s2=True together with mm_projector_type={PROJECTOR_TYPE} is not supported; set s2 to False")
-    select_feature = getattr(source, "mm_vision_select_feature", SELECT_FEATURES[0])
+    select_feature = read_setting(source, "mm_vision_select_feature") or SELECT_FEATURES[0]
     if select_feature not in SELECT_FEATURES:
         allowed = " or ".join(SELECT_FEATURES)
         raise ValueError(f"mm_vision_select_feature={select_feature!r} is not allowed; use {allowed}")

@@ -18,7 +18,7 @@ from ..block.kinds import FUSIONS
 from ..config import FLAG_PREFIX, PROJECTOR_TYPE, MMFuserConfig
 from ..layers import Layers
 from ..names import MARK, Shapes, compare, convert_hint, from_published, is_authors_config, to_published
-from ..towers import tower_config
+from ..towers import check_features, tower_config
 from . import writing
 from .files import DTYPES
 from .fit import check_layers, projector_shapes, settings_of
@@ -151,8 +151,7 @@ def _upgrade_settings(
         raise ValueError(
             f"mm_fuser_projector={given['projector']!r}, but the checkpoint's projector is {inner!r}; drop the flag"
         )
-    if config.get("s2"):
-        raise ValueError(f"s2={config['s2']!r} in config.json is not supported together with a fuser")
+    check_features(config)
     query = Layers.parse(config.get("mm_vision_select_layer"), "config.json: mm_vision_select_layer")
     given["layers"] = Layers.parse_listed(given["layers"], query) if "layers" in given else query
     name = vision_tower or config.get("mm_vision_tower")

@@ -2,7 +2,6 @@
 
 import dataclasses
 import os
-from types import SimpleNamespace
 from typing import Any, Dict, Iterator, List, Mapping, Optional, Tuple
 
 from ..block.kinds import FUSIONS
@@ -152,6 +151,6 @@ def _fit_lines(config: Mapping[str, Any], projectors: Mapping[str, Mapping[str, 
         if fused and has_weights and not any(name.startswith("fuser.") for name in weights):
             yield f"warning: {label} has no weights of the fuser, which starts as the identity"
     if fused:
-        check_features(SimpleNamespace(**config))
+        check_features(config)
         if tower is not None:
             check_tower(config, tower)

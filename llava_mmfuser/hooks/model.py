@@ -12,9 +12,9 @@ from ..config import PROJECTOR_TYPE, MMFuserConfig
 from ..names import describe
 from ..patching import applied
 from ..projector import MMFuserProjector
-from ..towers import return_layers
+from ..towers import check_features, return_layers
 from .run import RUN, SEED, other_type, resolve_run
-from .tower import refuse_layer_list, refuse_s2
+from .tower import refuse_layer_list
 from .wrappers import gathered, is_wrapper, unwrapped
 
 logger = logging.getLogger("llava_mmfuser")
@@ -93,7 +93,7 @@ def _check_trainer(model_args: Any) -> None:
 
 
 def _put_fuser_in_front(projector: Any, settings: MMFuserConfig, tower: Any) -> MMFuserProjector:
-    refuse_s2(tower)
+    check_features(tower)
     fused = MMFuserProjector.build(settings, tower.hidden_size, projector)
     like = next(projector.parameters())
     fused.fuser.to(device=like.device, dtype=like.dtype if like.is_floating_point() else None)

@@ -14,7 +14,7 @@ def init(original, self, vision_tower, args, delay_load=False):
     if getattr(args, "mm_projector_type", None) != PROJECTOR_TYPE:
         refuse_layer_list(args)
         return original(self, vision_tower, args, delay_load=delay_load)
-    refuse_s2(self)
+    check_features(self)
     run = getattr(args, RUN, None)
     settings = _settings_of_checkpoint(args, vision_tower) if run is None else run.settings
     original(self, vision_tower, args, delay_load=delay_load)
@@ -29,12 +29,6 @@ def _settings_of_checkpoint(config: Any, vision_tower: str) -> MMFuserConfig:
     if hasattr(config, "mm_hidden_size"):  # not of arguments that somebody made by hand
         check_tower(config, vision_config)
     return settings
-
-
-def refuse_s2(tower: Any) -> None:
-    """Refuse a tower that returns several scales side by side: its features are wider by as much."""
-    if hasattr(tower, "forward_feature"):
-        raise ValueError(f"s2=True together with mm_projector_type={PROJECTOR_TYPE} is not supported; set s2 to False")
 
 
 def refuse_layer_list(args: Any) -> None:

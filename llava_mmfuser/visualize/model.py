@@ -14,7 +14,7 @@ from ..checkpoints.folder import read_checkpoint
 from ..config import PROJECTOR_TYPE, MMFuserConfig
 from ..layers import LAYER_SETS, Layers
 from ..names import MARK, differences, is_authors_config, rename_published
-from ..towers import CLIP_TYPES, tower_config
+from ..towers import CLIP_TYPES, check_features, tower_config
 
 _TOWER_MARK = "vision_tower.vision_tower."
 
@@ -100,8 +100,7 @@ def _read_config(path: str) -> Mapping[str, Any]:
             f"{path} has model_type={config.get('model_type')!r} and neither mm_vision_tower nor mm_projector_type in "
             f"its config.json; name a LLaVA in its original format, or a CLIP tower"
         )
-    if config.get("s2"):
-        raise ValueError(f"s2={config['s2']!r} in config.json is not supported together with a fuser")
+    check_features(config)
     return config
 
 

@@ -33,6 +33,7 @@ def finetuned(world, folder, pretrained):
     output = folder / "llava-finetune"
     done = host.train(world, output, "finetune", pretrain_mm_mlp_adapter=pretrained / "mm_projector.bin")
     assert f"fuser weights: from {pretrained / 'mm_projector.bin'}" in done.stdout
+    assert done.stdout.count("llava_mmfuser: INFO") == 1, "one line per event"
     return output
 
 

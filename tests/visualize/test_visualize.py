@@ -487,7 +487,7 @@ def test_wrong_flags_are_one_line_before_anything_is_done(models, picture, cli, 
         ({"mm_fuser_layers": [3, 4, 5, 6, 99]}, "layer 99 does not exist"),
         ({"mm_fuser_num_points": 2}, "weights do not fit its config.json: .*sampling_offsets"),
         ({"mm_vision_tower": None}, "has no mm_vision_tower; give --vision-tower"),
-        ({"s2": True}, "s2=True in config.json is not supported"),
+        ({"s2": True}, "s2=True together with mm_projector_type=mmfuser is not supported"),
         ({"mm_vision_tower": None, "mm_projector_type": None}, "no mm_vision_tower"),
     ],
 )
