@@ -101,13 +101,14 @@ def expected_shapes(settings: MMFuserConfig, mm_hidden_size: int, hidden_size: i
     """
     with torch.device("meta"):
         fuser = settings.build(mm_hidden_size, hidden_size)
-    shapes = {"fuser." + name: tuple(parameter.shape) for name, parameter in fuser.named_parameters()}
+    of_fuser = {"fuser." + name: tuple(parameter.shape) for name, parameter in fuser.named_parameters()}
     if settings.projector == "linear":
-        return {**shapes, "weight": (hidden_size, mm_hidden_size), "bias": (hidden_size,)}
+        return {"weight": (hidden_size, mm_hidden_size), "bias": (hidden_size,), **of_fuser}
+    shapes: Shapes = {}
     for layer in range(int(re.findall(r"\d+", settings.projector)[0])):
         width = hidden_size if layer else mm_hidden_size
         shapes.update({f"{2 * layer}.weight": (hidden_size, width), f"{2 * layer}.bias": (hidden_size,)})
-    return shapes
+    return {**shapes, **of_fuser}
 
 
 def describe(names: Iterable[str]) -> str:
