@@ -61,6 +61,7 @@ def test_installing_adds_one_package_and_uninstalling_leaves_nothing(source, tmp
     added = [line for line in added if not line.startswith("#")]
     assert len(added) == 1 and ("llava-mmfuser" in added[0] or str(source) in added[0]), added
     assert (site_packages(environment) / "llava_mmfuser.pth").read_text().count("\n") == 1
+    assert "--editable" in how or (site_packages(environment) / "llava_mmfuser" / "py.typed").exists()
 
     for options in ([], ["-I"]):
         assert host.run([python] + options + ["-c", SHOW_HOOK]).stdout.strip() == HOOKED
