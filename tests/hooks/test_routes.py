@@ -1,4 +1,4 @@
-"""Start x route: where a run begins, and what is done with it. Every cell of the README's table is run here.
+"""Start x route: where a run begins, and what is done with it. The table in docs/checkpoints.md, every cell run here.
 
 Training runs at learning rate 0, so that what was loaded is what is saved, bit for bit.
 """
@@ -56,7 +56,7 @@ def cells(routes):
 
 
 def table():
-    """The README's table."""
+    """The table of docs/checkpoints.md."""
     reasons, lines = [], []
     for start in STARTS:
         row = []
@@ -71,8 +71,8 @@ def table():
     return "\n".join([head, "|---" * (1 + len(TRAINING + LOADING)) + "|", *lines, "", notes + "."])
 
 
-def test_readme_shows_this_table():
-    assert table() in (ROOT / "README.md").read_text(), table()
+def test_page_shows_this_table():
+    assert table() in (ROOT / "docs" / "checkpoints.md").read_text(), table()
 
 
 def tails(state):
