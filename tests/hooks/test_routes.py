@@ -28,7 +28,7 @@ IMPOSSIBLE.update({(start, "load full"): "an adapter needs its base model" for s
 IMPOSSIBLE.update(
     {(start, "load base+adapter"): "not an adapter" for start in ("released full", "released LoRA", "authors' full")}
 )
-# authors' name -> ours, as paper.md lists them
+# authors' name -> ours, in the adapters that they published
 FROM_AUTHORS = {
     "0.gamma1": "fuser.cross_gate.scale",
     "0.gamma2": "fuser.self_gate.scale",
