@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 LAYERS = [-8, -6, -5, -3, -2]  # of a tower with 8 blocks
 FULL = ["single safetensors", "sharded safetensors", "single bin", "sharded bin"]
 LAYOUTS = FULL + ["adapter", "lora"]
-# paper.md, "Names in the authors' published adapters"
+# in the authors' published adapters
 ATTENTION = ["sampling_offsets", "attention_weights", "value_proj", "output_proj"]
 PARTS = [f"{side}_attn.{part}" for side in ("cross", "self") for part in ATTENTION] + ["query_norm", "feat_norm"]
 THEIRS = {f"fuser.{part}.{kind}": f"0.{part}.{kind}" for part in PARTS for kind in ("weight", "bias")}
