@@ -109,7 +109,7 @@ def test_sources_parse_on_python_3_8():
 def test_page_lists_exactly_what_is_patched():
     page = (ROOT / "docs" / "how-it-hooks.md").read_text()
     rows = [line for line in page.splitlines() if line.startswith("| `") and ":" in line.split("`")[1]]
-    assert rows == [f"| `{row.target}` | {row.reason} |" for row in sum(PATCHES.values(), ())]
+    assert rows == [f"| `{row.target}` | {row.reason} | {row.until} |" for row in sum(PATCHES.values(), ())]
 
 
 @pytest.mark.parametrize("script", ["pretrain.sh", "finetune.sh"])
