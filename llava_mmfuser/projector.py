@@ -74,26 +74,8 @@ class MMFuserProjector(Resettable, nn.Module):
         Raises:
             ValueError: a channel count that is not L*C, or a token count that is neither a square nor one more.
         """
-        fuser = self.fuser
-        if features.dim() != 3 or features.shape[-1] != fuser.num_layers * fuser.hidden_size:
-            raise ValueError(
-                f"features {tuple(features.shape)} must be [B, N, {fuser.num_layers} * {fuser.hidden_size}]: "
-                f"this projector fuses {fuser.num_layers} layers; is the vision tower's select_layer the same?"
-            )
-        layers = features.unflatten(-1, (fuser.num_layers, fuser.hidden_size)).unbind(-2)
-        tokens = features.shape[1]
-        has_cls = math.isqrt(tokens) ** 2 != tokens
-        if has_cls and math.isqrt(tokens - 1) ** 2 != tokens - 1:
-            raise ValueError(f"{tokens} tokens are neither a square map nor one with CLS in front")
-        patches = [layer[:, 1:] for layer in layers] if has_cls else layers
-        fused = fuser(patches)
-        if has_cls:
-            fused = torch.cat([layers[-1][:, :1], fused], dim=1)
-        first, *others = list(self._adopted().values()) or [None]
-        fused = F.linear(fused, self.weight, self.bias) if first is None else first(fused)
-        if fuser.acts_in_first_layer:
-            extra = fuser.to_first_layer(patches).to(fused.dtype)
-            fused = fused + F.pad(extra, (0, 0, int(has_cls), 0))
+        first, *others = list(self._adopted().values()) or [lambda x: F.linear(x, self.weight, self.bias)]
+        fused = self.fuser.project(features, first)
         for child in others:
             fused = child(fused)
         return fused
