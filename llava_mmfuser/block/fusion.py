@@ -37,9 +37,7 @@ class Fusion(nn.Module):
         gate = self.gate()
         return gate is not None and not gate.detach().any()
 
-    def project(
-        self, features: torch.Tensor, first_layer: Callable[[torch.Tensor], torch.Tensor]
-    ) -> torch.Tensor:
+    def project(self, features: torch.Tensor, first_layer: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
         """Fuse what a tower returns, and run the projector's first layer on it.
 
         Args:
