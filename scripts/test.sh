@@ -20,9 +20,9 @@ common="transformers==4.37.2 tokenizers==0.15.1 numpy<2 sentencepiece einops pil
 new="torch==2.13.0 accelerate==0.34.2 peft<0.12 deepspeed==0.16.9 bitsandbytes==0.50.2 triton==3.6.0
      onnx==1.23.2 onnxruntime==1.32.0 onnxscript==0.7.2 ruff fastapi uvicorn $common"
 pinned="torch==2.1.2 accelerate==0.21.0 peft==0.10.0 deepspeed==0.12.6 $common"
-# This gradio neither runs with newer fastapi nor knows newer pydantic's schemas.
+# The gradio that LLaVA pins does not run with starlette 1; a fastapi of its time spares pip a long search.
 serve="torch==2.13.0 accelerate==0.34.2 peft<0.12 deepspeed==0.16.9 gradio==4.16.0 gradio_client==0.8.1 httpx==0.24.0
-       fastapi==0.109.2 pydantic==2.10.6 uvicorn selenium $common"
+       fastapi==0.109.2 uvicorn selenium $common"
 
 debian() { # program, packages
     if ! command -v "$1" >/dev/null && command -v apt-get >/dev/null; then

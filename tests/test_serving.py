@@ -93,6 +93,11 @@ def test_cli_answers_as_the_model_does_which_the_gates_change(checkpoint, pictur
     assert answer() != without_blanks(printed)
 
 
+def listens(port):
+    with socket.socket() as connection:
+        return connection.connect_ex(("127.0.0.1", port)) == 0
+
+
 @contextlib.contextmanager
 def server(module, port, folder, *arguments, **env):
     """Runs `python -m llava.serve.MODULE` while it is entered, which waits until it listens; logs go to `folder`."""
@@ -101,7 +106,7 @@ def server(module, port, folder, *arguments, **env):
         process = host.start(command, log, host.environment(**env), cwd=folder)
         try:
             late = time.monotonic() + 120
-            while socket.socket().connect_ex(("127.0.0.1", port)):
+            while not listens(port):
                 if process.poll() is not None or time.monotonic() > late:
                     log.seek(0)
                     pytest.fail(f"{module} does not listen\n{log.read()[-6000:]}")
