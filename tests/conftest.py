@@ -22,6 +22,7 @@ def pytest_configure(config):
     config.addinivalue_line("markers", "bitsandbytes: 4 and 8 bits on the CPU")
     config.addinivalue_line("markers", "gloo_bf16: two ranks on the CPU in bf16")
     config.addinivalue_line("markers", "gpu: needs a CUDA device")
+    config.addinivalue_line("markers", "serve: LLaVA's own serving, all of it in scripts/test.sh serve")
     config.addinivalue_line("markers", "slow: not in scripts/test.sh quick")
 
 
