@@ -6,8 +6,9 @@ import os
 import re
 import runpy
 import sys
+import traceback
 import warnings
-from typing import Any, Callable
+from typing import Any, Callable, Dict
 
 from . import activation
 from .block.kinds import MAX_LAYERS, check_count
@@ -58,8 +59,9 @@ def _add_checkpoint_commands(commands: Any) -> None:
     upgrade.add_argument(
         "--vision-tower", metavar="PATH", help="where to read the tower's config. If not given: mm_vision_tower of IN."
     )
+    kinds: Dict[Any, Dict[str, Any]] = {bool: {"type": _boolean, "nargs": "?", "const": True}, int: {"type": int}}
     for setting in dataclasses.fields(MMFuserConfig):
-        kind = {bool: {"type": _boolean, "nargs": "?", "const": True}, int: {"type": int}}.get(setting.type, {})
+        kind = kinds.get(setting.type, {})
         upgrade.add_argument(
             "--" + FLAG_PREFIX + setting.name, dest=setting.name, help=setting.metadata["help"], **kind
         )
@@ -255,10 +257,8 @@ def _run(options: argparse.Namespace) -> int:
                 sys.path[0] = os.path.dirname(os.path.abspath(target))
             runpy.run_path(target, run_name="__main__")
     except (ImportError, OSError, ValueError) as error:
-        trace = error.__traceback__
-        while trace.tb_next is not None:
-            trace = trace.tb_next
-        if trace.tb_frame.f_globals.get("__name__") not in ("runpy", __name__):  # the script's own fault
+        frame, _ = list(traceback.walk_tb(error.__traceback__))[-1]
+        if frame.f_globals.get("__name__") not in ("runpy", __name__):  # the script's own fault
             raise
         _complain("run", f"{target!r} cannot be run as a script or as a module: {error}")
         return 1

@@ -2,7 +2,7 @@
 
 import contextlib
 import re
-from typing import Any, Iterable, Optional, Tuple, Union
+from typing import Any, Iterable, List, Optional, Tuple, Union
 
 from .block.kinds import MAX_LAYERS
 
@@ -94,7 +94,7 @@ class Layers(tuple):
         return layers if layers.name is None else cls.parse(tuple(layers), setting)
 
     def __eq__(self, other: object) -> bool:
-        return tuple.__eq__(self, other) and self.name == getattr(other, "name", None)  # type: ignore[arg-type]
+        return tuple.__eq__(self, other) and self.name == getattr(other, "name", None)
 
     def __ne__(self, other: object) -> bool:
         return not self == other
@@ -102,7 +102,7 @@ class Layers(tuple):
     __hash__ = tuple.__hash__
 
     def __str__(self) -> str:
-        return self.name if self.name not in (None, "uniform") else ",".join(map(str, self))  # type: ignore[return-value]
+        return self.name if self.name not in (None, "uniform") else ",".join(map(str, self))
 
     @property
     def select_layer(self) -> Union[int, Tuple[int, ...]]:
@@ -151,7 +151,7 @@ class Layers(tuple):
                 )
         return Layers(resolved, setting=self.setting)
 
-    def _of_set(self, query: int) -> "list[int]":
+    def _of_set(self, query: int) -> List[int]:
         """The set below a non-negative query, which is last; out of range or order if the query is too shallow.
 
         With n = `NUM_UNIFORM_LAYERS` - 1 maps below query q (the paper compares such sets, but does not publish all

@@ -104,25 +104,25 @@ def apply(module: str) -> None:
     _log_to_stderr()
     states = [(row, *check_row(row)) for row in PATCHES[module]]
     problems = [f"{row.target}: {detail}" for row, state, detail in states if state != "ok"]
-    rows = [row for row in PATCHES[module] if row.replacement is not None]
     if not problems:
         try:
-            for row in rows:
-                replace(row.target, row.replacement)
+            for row in PATCHES[module]:
+                if row.replacement is not None:
+                    replace(row.target, row.replacement)
         except Exception as error:
-            restore(row.target for row in rows)
+            restore(row.target for row in PATCHES[module])
             problems = [f"{type(error).__name__}: {error}"]
     if not problems:
         applied[module] = None
         return
-    applied[module] = (
+    applied[module] = reason = (
         f"llava_mmfuser does not fit this LLaVA ({folder_of(module)}), whose {module} is left unpatched: "
         f"{'; '.join(problems)}. `python -m llava_mmfuser status` shows every row; "
         f"use LLaVA 1.2.2.post1 or main, or report the change."
     )
-    sys.stderr.write(f"{applied[module]}\n")
+    sys.stderr.write(f"{reason}\n")
     if module == ESSENTIAL:
-        _refuse_mmfuser(applied[module])
+        _refuse_mmfuser(reason)
 
 
 def revert(module: Optional[str] = None) -> bool:

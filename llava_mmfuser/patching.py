@@ -55,7 +55,7 @@ def stand_in(original: Callable, call: Callable) -> Callable:
     Name, signature, source, annotations, attributes and pickling by name are those of `original`; ``__wrapped__`` is
     there only where `original` has one, and is the same.
     """
-    function = lambda *args, **kwargs: call(*args, **kwargs)  # noqa: E731  (one line: a traceback shows the original's)
+    function: Any = lambda *args, **kwargs: call(*args, **kwargs)  # noqa: E731  (one line: a traceback shows the original's)
     if inspect.isfunction(original):
         code = original.__code__
         place = {"co_filename": code.co_filename, "co_firstlineno": code.co_firstlineno, "co_name": code.co_name}
@@ -79,14 +79,14 @@ def replace(target: str, replacement: Callable) -> None:
     places = [(owner, name)]
     if isinstance(original, classmethod):
         call = original.__func__
-        function = classmethod(
+        function: Any = classmethod(
             stand_in(call, lambda cls, *args, **kwargs: replacement(functools.partial(call, cls), *args, **kwargs))
         )
     else:
         function = _stand_in(original, replacement)
-        home = sys.modules.get(getattr(original, "__module__", None))
-        if inspect.ismodule(owner) and getattr(home, original.__name__, None) is original:
-            places.append((home, original.__name__))
+        home = sys.modules.get(getattr(original, "__module__", ""))
+        if inspect.ismodule(owner) and getattr(home, function.__name__, None) is original:
+            places.append((home, function.__name__))
     for place in places:
         setattr(*place, function)
     _originals[target], _places[target] = original, places

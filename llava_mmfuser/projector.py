@@ -3,7 +3,7 @@
 import logging
 import math
 from collections import OrderedDict
-from typing import Dict, Iterator, Union
+from typing import Callable, Dict, Iterator, List, Optional, Union
 
 import torch
 import torch.nn.functional as F
@@ -17,7 +17,7 @@ from .names import MARK, Shapes, compare, rename_published, without_wrapper
 logger = logging.getLogger("llava_mmfuser")
 
 
-class MMFuserProjector(Resettable, nn.Module):
+class MMFuserProjector(Resettable):
     """``projector(fuser(layers))``, drop-in for LLaVA's ``mm_projector``.
 
     The projector's children and direct parameters are adopted under their own names (``0``, ``2``, or ``weight`` and
@@ -33,6 +33,9 @@ class MMFuserProjector(Resettable, nn.Module):
         projector: what LLaVA's `build_vision_projector` returns for ``linear`` or ``mlpNx_gelu``.
     """
 
+    weight: nn.Parameter  # this and bias are there where the projector is ``linear``
+    bias: nn.Parameter
+
     def __init__(self, fuser: Fusion, projector: nn.Module):
         super().__init__()
         for name, child in projector.named_children():
@@ -42,12 +45,12 @@ class MMFuserProjector(Resettable, nn.Module):
         if isinstance(projector, nn.Linear):
             self.in_features, self.out_features = projector.in_features, projector.out_features
         self.fuser = fuser
-        self.num_loaded = None  # fuser tensors in the last state dict that had any of this projector's
-        self.missing = []  # names of the fuser's tensors that the checkpoint lacked from which this was loaded
-        self.lr = None  # of the fuser; None takes that of the projector
+        self.num_loaded: Optional[int] = None  # fuser tensors in the last state dict that had any of this projector's
+        self.missing: List[str] = []  # fuser tensors that the checkpoint lacked from which this was loaded
+        self.lr: Optional[float] = None  # of the fuser; None takes that of the projector
         self.log_gates = True  # whether the Trainer logs the fuser's gates
         self._in_model = False  # whether that was a whole model's
-        self._problems = None  # what that state dict lacked or had too much
+        self._problems: Optional[str] = None  # what that state dict lacked or had too much
         self.register_load_state_dict_post_hook(self._after_load_state_dict)
 
     @classmethod
@@ -56,7 +59,7 @@ class MMFuserProjector(Resettable, nn.Module):
 
         What is drawn at random afterwards is the same as without the fuser.
         """
-        first = projector if isinstance(projector, nn.Linear) else projector[0]
+        first = next(module for module in projector.modules() if isinstance(module, nn.Linear))
         with own_random_state():
             fuser = settings.build(hidden_size, first.out_features)
         return cls(fuser, projector)
@@ -74,14 +77,15 @@ class MMFuserProjector(Resettable, nn.Module):
         Raises:
             ValueError: a channel count that is not L*C, or a token count that is neither a square nor one more.
         """
-        first, *others = list(self._adopted().values()) or [lambda x: F.linear(x, self.weight, self.bias)]
+        adopted: List[Callable[[torch.Tensor], torch.Tensor]] = [*self._adopted().values()]
+        first, *others = adopted or [lambda x: F.linear(x, self.weight, self.bias)]
         fused = self.fuser.project(features, first)
         for child in others:
             fused = child(fused)
         return fused
 
     def _adopted(self) -> Dict[str, nn.Module]:
-        return {name: child for name, child in self._modules.items() if name != "fuser"}
+        return {name: child for name, child in self.named_children() if name != "fuser"}
 
     def _items(self) -> nn.Sequential:
         children = OrderedDict(self._adopted())

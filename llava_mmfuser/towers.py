@@ -132,7 +132,7 @@ def capture_layers(model: Any, pixel_values: torch.Tensor, layers: Sequence[int]
         if out is None:  # filled map by map: a concatenation at the end would hold all of them twice
             out = tokens.new_empty(*tokens.shape[:2], len(layers), tokens.shape[2], device=pixel_values.device)
         out[:, :, layers.index(index)] = tokens
-    return out.flatten(2) if in_place else torch.cat(maps, dim=-1)
+    return torch.cat(maps, dim=-1) if out is None else out.flatten(2)
 
 
 def _has_graph(model: nn.Module, pixel_values: torch.Tensor) -> bool:
@@ -144,7 +144,7 @@ def concat_layers(hidden_states: Sequence[torch.Tensor], layers: Sequence[int], 
     return torch.cat([select_tokens(hidden_states[index], select_feature) for index in layers], dim=-1)
 
 
-def return_layers(tower: nn.Module, layers: Sequence[int]) -> None:
+def return_layers(tower: Any, layers: Sequence[int]) -> None:
     """Make a tower of LLaVA return these layers side by side, [B, N, L*C]; towers without this stay what they are.
 
     The tower becomes an instance of a subclass of its own class that bears the same name. Its `forward` is the host's
@@ -158,11 +158,11 @@ def return_layers(tower: nn.Module, layers: Sequence[int]) -> None:
     """
     tower.select_layer = list(layers)
     if not hasattr(tower, "_plain_class"):
-        tower.__class__ = _returning_layers(type(tower))
+        tower.__class__ = _returning_layers(tower.__class__)
 
 
 @functools.lru_cache(maxsize=None)
-def _returning_layers(kind: type) -> type:
+def _returning_layers(kind: Any) -> type:
     def feature_select(self, image_forward_outs):
         if not isinstance(self.select_layer, list):
             return kind.feature_select(self, image_forward_outs)
@@ -180,14 +180,14 @@ def _returning_layers(kind: type) -> type:
     return type(kind)(kind.__name__, (kind,), own)
 
 
-def _unpickled(kind: type) -> nn.Module:
+def _unpickled(kind: Any) -> nn.Module:
     kind = _returning_layers(kind)
     return kind.__new__(kind)
 
 
-def _on_view(forward: Callable[[], Callable]) -> Callable:
+def _on_view(forward: Callable[[], Any]) -> Callable:
     """The host's `forward`, as it is when it is called, for a `_View` of the tower; its ``__wrapped__`` likewise."""
-    function = stand_in(forward(), lambda self, *args, **kwargs: forward()(_View(self), *args, **kwargs))
+    function: Any = stand_in(forward(), lambda self, *args, **kwargs: forward()(_View(self), *args, **kwargs))
     if hasattr(function, "__wrapped__"):
         function.__wrapped__ = _on_view(lambda: forward().__wrapped__)
     return function
@@ -196,12 +196,12 @@ def _on_view(forward: Callable[[], Callable]) -> Callable:
 class _Proxy:
     """Another object, but for the attributes of this class. `super()` and `isinstance` take it for that object."""
 
-    _original = None
+    _original: Any = None
 
     def __init__(self, original: Any):
         object.__setattr__(self, "_original", original)
 
-    @property
+    @property  # type: ignore[misc]  # of `object` it can be set, too
     def __class__(self) -> type:
         return type(self._original)
 

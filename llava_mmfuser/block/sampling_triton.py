@@ -111,18 +111,18 @@ class _DeformableSampling(torch.autograd.Function):
                 offsets,
                 logits,
                 grad_out,
-                grad_value if atomics else value,  # what is not needed is not written
-                grad_offsets if needs_offsets else offsets,
-                grad_logits if needs_logits else logits,
+                value if grad_value is None else grad_value,  # what is not needed is not written
+                offsets if grad_offsets is None else grad_offsets,
+                logits if grad_logits is None else grad_logits,
             )
             needs = {"NEEDS_VALUE": atomics, "NEEDS_OFFSETS": needs_offsets, "NEEDS_LOGITS": needs_logits}
             _launch(_backward_kernel, batch * heads * triton.cdiv(queries, QUERIES), tensors, **needs, **sizes)
-        if needs_value and not atomics:
+        if grad_value is not None and not atomics:
             block_c = max(16, min(64, 4096 // sizes["BLOCK_D"]))
             programs = batch * heads * levels * triton.cdiv(queries, block_c)
             sizes = {**sizes, "BLOCK_C": block_c, "BLOCK_Q": 32, "num_warps": 4}
             _launch(_grad_value_kernel, programs, (offsets, logits, grad_out, grad_value), **sizes)
-        if needs_value:
+        if grad_value is not None:
             grad_value = grad_value.to(value.dtype)
         return grad_value, grad_offsets, grad_logits
 

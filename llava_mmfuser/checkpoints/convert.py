@@ -25,7 +25,7 @@ from .fit import check_layers, projector_shapes, settings_of
 from .folder import LORA, MODEL, Checkpoint, read_checkpoint
 from .writing import Step
 
-AUTHORS_SETTINGS = MMFuserConfig(layers=(-22, -17, -12, -7, -2))  # all but the layers' numbers is fixed in their code
+AUTHORS_SETTINGS = MMFuserConfig(layers=Layers((-22, -17, -12, -7, -2)))  # their code fixes all but these numbers
 
 
 def convert(source: str, out: str, to_authors: bool = False, link: bool = False) -> List[str]:

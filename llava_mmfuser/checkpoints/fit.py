@@ -4,7 +4,7 @@ import contextlib
 import dataclasses
 import itertools
 import os
-from typing import Any, Dict, Iterable, Iterator, Mapping, Optional, Sequence
+from typing import Any, Dict, Iterable, Iterator, List, Mapping, Optional, Sequence
 
 import torch
 
@@ -126,7 +126,7 @@ def _advice(config: Mapping[str, Any], shapes: Shapes, settings: MMFuserConfig) 
     fitting = []
     for change in (change for change in named if len(change) == fewest):
         # what only the shapes tell, one setting at a time
-        others = [{}, *({"layers": tuple(range(count))} for count in range(2, 65))]
+        others: List[Dict[str, Any]] = [{}, *({"layers": tuple(range(count))} for count in range(2, 65))]
         others += [{name: value} for name in ("num_heads", "num_points") for value in range(1, 65)]
         texts = [_spell_changes({**change, **other}) for other in others if expected({**change, **other}) == shapes]
         fitting += texts[:1] if expected(change) == shapes else texts

@@ -6,7 +6,8 @@ That is safetensors before ``.bin``, one file before shards, then adapters.
 import json
 import os
 import re
-from typing import Any, Dict, List, Mapping, NamedTuple, Optional, Tuple
+from dataclasses import dataclass
+from typing import Any, Dict, List, Mapping, Optional, Tuple
 
 from ..config import PROJECTOR_TYPE
 from ..names import is_authors_config, is_published
@@ -23,13 +24,14 @@ FULL, LORA_FOLDER, ADAPTER_FOLDER = "a full checkpoint", "a LoRA folder", "an ad
 MIXED = "a LoRA folder with a full checkpoint in it"
 
 
-class Checkpoint(NamedTuple):
+@dataclass(frozen=True)
+class Checkpoint:
     """A folder as transformers and LLaVA would read it."""
 
     folder: str
     config: Dict[str, Any]
     shards: List[str]  # the whole model's files, in loading order; none in an adapter or LoRA folder
-    index: Optional[Dict[str, Any]]
+    index: Dict[str, Any]  # of the shards; empty where there is none
     adapters: List[str]  # other files that may hold the projector
     weights: Dict[str, List[Weight]]  # of every file in shards and adapters
     others: List[str]  # copied as they are
@@ -75,9 +77,10 @@ def read_checkpoint(folder: str) -> Checkpoint:
     unreadable = [name for name in files if not os.access(os.path.join(folder, name), os.R_OK)]
     if unreadable:
         raise ValueError(f"{os.path.join(folder, unreadable[0])} cannot be read; check its permissions")
-    model = next((name for name in _MODELS if name in files), None)
-    index, shards = None, [model] if model else []
-    if model and model.endswith(".json"):
+    model = next((name for name in _MODELS if name in files), "")
+    index: Dict[str, Any] = {}
+    shards = [model] if model else []
+    if model.endswith(".json"):
         index, shards = _read_index(folder, model)
     adapters = [name for name in _ADAPTERS if name in files]
     if not shards and not adapters:

@@ -76,8 +76,8 @@ def _folder_lines(folder: str) -> Iterator[str]:
             if metadata.get("format") not in ("pt", "tf", "flax"):
                 raise ValueError(f"{file} has no 'format' in its metadata, which transformers asks for; save it again")
     yield from _fit_lines(checkpoint.config, checkpoint.projectors())
-    check_tower_is_there(config)
-    problem = name_problem(name_from_path(folder), kind, config)
+    check_tower_is_there(checkpoint.config)
+    problem = name_problem(name_from_path(folder), kind, checkpoint.config)
     if problem:
         yield f"{NAME_NOTE}, and {problem}"
 

@@ -10,7 +10,7 @@ from ..layers import SPELLINGS, Layers, spell
 from .run import check_start
 
 # name, type, default, help of flags that concern training only; upstream keeps mm_projector_lr in config.json, too
-TRAINING_FLAGS = (
+TRAINING_FLAGS: Tuple[Tuple[str, Any, Any, str], ...] = (
     (
         "mm_fuser_lr",
         Optional[float],
@@ -31,7 +31,7 @@ def with_fuser_flags(arguments: type) -> type:
         A subclass under the same name. Its ``mm_vision_select_layer`` is an int, as upstream's, or a tuple of ints;
         every setting of `MMFuserConfig` is None unless given. The `TRAINING_FLAGS` are there, too.
     """
-    select_layer = arguments.__dataclass_fields__["mm_vision_select_layer"]
+    select_layer = {f.name: f for f in dataclasses.fields(arguments)}["mm_vision_select_layer"]
     extra: List[Tuple[str, Any, Any]] = [
         (
             "mm_vision_select_layer",

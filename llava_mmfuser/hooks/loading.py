@@ -26,7 +26,7 @@ def initialize_weights(original, self, module, *args, **kwargs):
     """Parameters that a checkpoint lacked, and models made without one: the fuser's modules know their own values."""
     if isinstance(module, Resettable) and not getattr(module, "_is_hf_initialized", False):
         module.reset_parameters()
-        module._is_hf_initialized = True
+        module._is_hf_initialized = True  # type: ignore[assignment]  # PyTorch types attributes as tensors and modules
     else:
         original(self, module, *args, **kwargs)
 

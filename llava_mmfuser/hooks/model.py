@@ -32,7 +32,7 @@ def build_vision_projector(original, config, delay_load=False, **kwargs):
 
 
 def initialize_vision_modules(original, self, model_args, fsdp=None):
-    holder = getattr(self, "mm_projector", None)
+    holder: Any = getattr(self, "mm_projector", None)
     projector = unwrapped(holder)
     wanted = getattr(model_args, "mm_projector_type", "linear") == PROJECTOR_TYPE
     fused = isinstance(projector, MMFuserProjector)

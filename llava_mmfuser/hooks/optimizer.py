@@ -62,14 +62,14 @@ def check_trained(fuser: Fusion, trained: Iterable[nn.Parameter]) -> None:
         ValueError: the parameter that every change of the output passes through is zero, and the optimizer lacks it.
     """
     gate = fuser.gate()
-    trained = {id(parameter) for parameter in trained}
-    if gate is None or id(gate) in trained:
+    held = {id(parameter) for parameter in trained}
+    if gate is None or id(gate) in held:
         return
     with gathered([gate]):
         identity = fuser.is_identity()
     if identity:
         raise ValueError(UNTRAINED)
-    if not any(id(parameter) in trained for parameter in fuser.parameters()):
+    if not any(id(parameter) in held for parameter in fuser.parameters()):
         logger.info("the fuser is not trained in this run; it stays as it was trained before")
 
 
@@ -89,7 +89,7 @@ def check_token_budget(model: nn.Module, projector: MMFuserProjector) -> None:
     limit = getattr(model.config, "tokenizer_model_max_length", None)
     if limit is None or projector.fuser.num_tokens(1) == 1:
         return
-    tower = next(module for module in model.modules() if hasattr(module, "select_layer"))
+    tower: Any = next(module for module in model.modules() if hasattr(module, "select_layer"))
     tokens = projector.fuser.num_tokens(tower.num_patches)
     if tokens >= limit:
         raise ValueError(

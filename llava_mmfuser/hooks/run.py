@@ -71,7 +71,7 @@ def check_start(model_args: Any) -> None:
     path = getattr(model_args, "model_name_or_path", None)
     start = {} if path is None else _config_at(path)
     wanted = model_args.mm_projector_type == PROJECTOR_TYPE
-    if start.get("mm_projector_type") == PROJECTOR_TYPE:
+    if path is not None and start.get("mm_projector_type") == PROJECTOR_TYPE:
         if os.path.isdir(path) and folder_kind(path) != FULL:
             raise ValueError(
                 f"model_name_or_path={path} is {folder_kind(path)}, and train.py reads no fuser from it; "
@@ -128,7 +128,7 @@ def _check_output_dir(model_args: Any, training_args: Any, run: Optional[Run]) -
     folder = training_args.output_dir
     last = get_last_checkpoint(folder) if os.path.isdir(folder) else None
     config = read_config(last) if last else None
-    lora = bool(last) and os.path.isfile(os.path.join(last, "adapter_config.json"))
+    lora = last is not None and os.path.isfile(os.path.join(last, "adapter_config.json"))
     fused = config is not None and config.get("mm_projector_type") == PROJECTOR_TYPE
     if (config is None and not lora) or (run is None and not fused):
         return

@@ -1,7 +1,7 @@
 """Feature maps as a figure."""
 
 import textwrap
-from typing import Any, Callable, List, Optional, Sequence, Tuple
+from typing import Any, Callable, List, Optional, Sequence, Tuple, Union
 
 import numpy as np
 
@@ -26,6 +26,8 @@ SAMPLES_CAPTION = (
 WIDTH, HEIGHT, FLAT, NARROW = 1.6, 2.4, 0.3, 1.35  # inches: of a panel at most, its height and a column at least
 LEFT, RIGHT, TOP, TITLE, GAP = 0.75, 0.7, 0.4, 0.25, 0.12  # inches around panels
 DPI = 160
+
+Edges = Union[Sequence[float], np.ndarray]  # left, top, right, bottom
 
 
 def colours(maps: FeatureMaps) -> List[np.ndarray]:
@@ -123,14 +125,13 @@ def draw(maps: FeatureMaps, title: str) -> Any:
     for column, (name, rgb) in enumerate(zip(names, colours(maps)), 1):
         _map_panel(board.axes(column, 0), maps, area, name, rgb)
     if maps.difference is not None:
-        _difference_panel(board, maps, area)
+        _difference_panel(board, maps, area, maps.difference)
     _norm_panels(board, maps, area, fields)
-    if maps.samples is not None:
-        _sample_panels(board, maps)
+    _sample_panels(board, maps)
     return board.figure
 
 
-def _frame(axes: Any, area: Sequence[float], title: str) -> None:
+def _frame(axes: Any, area: Edges, title: str) -> None:
     axes.set(xlim=(area[0], area[2]), ylim=(area[3], area[1]), xticks=[], yticks=[], aspect="equal")
     axes.set_title(title, fontsize=9, pad=3)
 
@@ -148,32 +149,31 @@ def _show_picture(axes: Any, maps: FeatureMaps, **settings: Any) -> Any:
     return axes.imshow(picture, extent=(0, maps.picture.width, maps.picture.height, 0), **settings)
 
 
-def _outline(axes: Any, box: Sequence[float], style: Any = "-") -> None:
+def _outline(axes: Any, box: Edges, style: Any = "-") -> None:
     """A white rectangle, edged in black."""
     for colour, thickness in (("black", 2.4), ("white", 1.2)):
         axes.add_patch(_rectangle(box, fill=False, edgecolor=colour, linewidth=thickness, linestyle=style))
 
 
-def _rectangle(box: Sequence[float], **settings: Any) -> Any:
+def _rectangle(box: Edges, **settings: Any) -> Any:
     from matplotlib.patches import Rectangle
 
     return Rectangle((box[0], box[1]), box[2] - box[0], box[3] - box[1], **settings)
 
 
-def _cell_box(maps: FeatureMaps) -> np.ndarray:
-    """Edges of the cell whose query samples, in pixels of the picture."""
+def _cell_box(maps: FeatureMaps, cell: Tuple[int, int]) -> np.ndarray:
+    """Edges of a cell (row, column), in pixels of the picture."""
     step = (np.array(maps.box[2:]) - maps.box[:2]) / maps.layers.shape[2:0:-1]
-    corner = maps.box[:2] + np.array(maps.cell[::-1]) * step
+    corner = maps.box[:2] + np.array(cell[::-1]) * step
     return np.concatenate([corner, corner + step])
 
 
-def _window(maps: FeatureMaps) -> np.ndarray:
-    """Edges of a square around that cell, with `SHOWN` of the weights in it and a margin of a cell."""
-    cell = _cell_box(maps)
+def _window(cell: np.ndarray, samples: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """Edges of a square around those of a cell, with `SHOWN` of the weights in it and a margin of a cell."""
     centre = (cell[:2] + cell[2:]) / 2
-    distance = np.abs(maps.samples - centre).max(-1).ravel()
+    distance = np.abs(samples - centre).max(-1).ravel()
     order = distance.argsort()
-    held = maps.weights.ravel()[order].cumsum()
+    held = weights.ravel()[order].cumsum()
     half = distance[order][np.searchsorted(held, SHOWN * held[-1])] + (cell[2:] - cell[:2]).max()
     return np.concatenate([centre - half, centre + half])
 
@@ -183,9 +183,10 @@ def _picture_panel(axes: Any, maps: FeatureMaps, area: Tuple[float, ...]) -> Non
     _show_picture(axes, maps).set_clip_path(_rectangle(maps.box, transform=axes.transData))
     _frame(axes, area, "picture" if maps.at is None else "picture, point {:g},{:g}".format(*maps.at))
     if maps.cell is not None:
-        _outline(axes, _cell_box(maps))
-    if maps.samples is not None:
-        _outline(axes, _window(maps), (0, (3, 2)))
+        cell = _cell_box(maps, maps.cell)
+        _outline(axes, cell)
+        if maps.samples is not None and maps.weights is not None:
+            _outline(axes, _window(cell, maps.samples, maps.weights), (0, (3, 2)))
 
 
 def _map_panel(axes: Any, maps: FeatureMaps, area: Tuple[float, ...], title: str, field: Any, **settings: Any) -> Any:
@@ -195,8 +196,8 @@ def _map_panel(axes: Any, maps: FeatureMaps, area: Tuple[float, ...], title: str
     return shown
 
 
-def _difference_panel(board: _Board, maps: FeatureMaps, area: Tuple[float, ...]) -> None:
-    size = np.linalg.norm(maps.difference, axis=-1)
+def _difference_panel(board: _Board, maps: FeatureMaps, area: Tuple[float, ...], difference: np.ndarray) -> None:
+    size = np.linalg.norm(difference, axis=-1)
     relative = (size / np.linalg.norm(maps.layers[-1], axis=-1).clip(1e-12))[maps.real].mean()
     title = f"difference, {relative:.1%}" if size.any() else "difference, exactly 0"
     limit = np.percentile(size[maps.real], PERCENTILES[1]) or 1.0
@@ -221,10 +222,14 @@ def _few_ticks() -> Any:
 
 
 def _sample_panels(board: _Board, maps: FeatureMaps) -> None:
+    if maps.cell is None or maps.samples is None or maps.weights is None:
+        return
     from matplotlib import colormaps
     from matplotlib.cm import ScalarMappable
     from matplotlib.colors import ListedColormap, Normalize
 
+    cell = _cell_box(maps, maps.cell)
+    window = _window(cell, maps.samples, maps.weights)
     heads, levels, points = maps.weights.shape
     palette = ListedColormap(colormaps["hsv"](np.arange(heads) / heads))
     colouring = ScalarMappable(Normalize(-0.5, heads - 0.5), palette)
@@ -242,6 +247,6 @@ def _sample_panels(board: _Board, maps: FeatureMaps) -> None:
             linewidths=0.4,
             alpha=0.85,
         )
-        _outline(axes, _cell_box(maps))
-        _frame(axes, _window(maps), title)
+        _outline(axes, cell)
+        _frame(axes, window, title)
     board.bar(levels, 2, board.width + 0.08, colouring, "head", ticks=range(0, heads, max(1, heads // 8)))

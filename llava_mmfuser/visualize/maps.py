@@ -85,7 +85,7 @@ def feature_maps(model: Model, picture: Image.Image, at: Optional[Tuple[float, f
         at,
         cell,
     )
-    if seen is None:
+    if cell is None or seen is None:
         return maps
     row, column = cell
     places, weights = (of_all[0, row * side + column].cpu().numpy() for of_all in seen)

@@ -62,7 +62,7 @@ def read_model(
     except ValueError as error:
         raise ValueError(f"{error}; name a folder that has it by --vision-tower PATH") from error
     settings = settings.resolve(tower_settings)
-    label, folders, notes = os.path.basename(os.path.abspath(path)), [path] + [base] * bool(base), []
+    label, folders, notes = os.path.basename(os.path.abspath(path)), [path] + ([base] if base else []), []
 
     fuser = settings.build(tower_settings.hidden_size, config.get("hidden_size", tower_settings.hidden_size))
     weights, source = _stored(folders, MARK, "fuser.") if _has_fuser(config) else ({}, "")
@@ -137,7 +137,7 @@ def _folder(path: str, *patterns: str) -> str:
     from huggingface_hub import snapshot_download
 
     try:
-        return snapshot_download(path, allow_patterns=patterns)
+        return snapshot_download(path, allow_patterns=list(patterns))
     except (OSError, ValueError) as error:
         raise ValueError(
             f"{path} is neither a folder on this machine nor a model that can be downloaded: {error}"

@@ -3,7 +3,7 @@
 import io
 import os
 import re
-from typing import List, Sequence
+from typing import List, Sequence, Union
 from urllib.parse import unquote, urlsplit
 
 from PIL import Image
@@ -45,7 +45,7 @@ def read_picture(source: str) -> Image.Image:
             response.raise_for_status()
         except requests.RequestException as error:
             raise ValueError(f"it cannot be fetched: {error}") from error
-        stream = io.BytesIO(response.content)
+        stream: Union[str, io.BytesIO] = io.BytesIO(response.content)
     elif os.path.isfile(source):
         stream = source
     else:
