@@ -50,7 +50,7 @@ setup(
         "flash": ["flash-attn"],
         "triton": ["triton"],
         "visualize": ["matplotlib"],
-        "dev": ["pytest", "ruff", "scikit-learn", "scikit-image", "matplotlib"],
+        "dev": ["pytest", "pytest-xdist", "ruff==0.17.6", "mypy==2.4.1", "scikit-learn", "scikit-image", "matplotlib"],
     },
     cmdclass={"build_py": BuildPyWithHook},
 )

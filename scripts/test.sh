@@ -18,7 +18,7 @@ llava=llava-torch==1.2.2.post1
 common="transformers==4.37.2 tokenizers==0.15.1 numpy<2 sentencepiece einops pillow requests scikit-learn scikit-image
         matplotlib pytest pytest-xdist setuptools<81 wheel shortuuid"
 new="torch==2.13.0 accelerate==0.34.2 peft<0.12 deepspeed==0.16.9 bitsandbytes==0.50.2 triton==3.6.0
-     onnx==1.23.2 onnxruntime==1.32.0 onnxscript==0.7.2 ruff fastapi uvicorn $common"
+     onnx==1.23.2 onnxruntime==1.32.0 onnxscript==0.7.2 ruff==0.17.6 mypy==2.4.1 fastapi uvicorn $common"
 pinned="torch==2.1.2 accelerate==0.21.0 peft==0.10.0 deepspeed==0.12.6 $common"
 # The gradio that LLaVA pins does not run with starlette 1; a fastapi of its time spares pip a long search.
 serve="torch==2.13.0 accelerate==0.34.2 peft<0.12 deepspeed==0.16.9 gradio==4.16.0 gradio_client==0.8.1 httpx==0.24.0
@@ -50,7 +50,10 @@ run() { # name, requirements, pytest arguments
     prepare "$name" "$requirements"
     "$envs/$name/bin/pip" install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
     if [ -x "$envs/$name/bin/ruff" ]; then
+        echo "== $name: ruff, mypy"
         "$envs/$name/bin/ruff" check --quiet llava_mmfuser scripts tests setup.py
+        "$envs/$name/bin/ruff" format --check --quiet .
+        "$envs/$name/bin/mypy"
     fi
     echo "== $name: tests"
     OMP_NUM_THREADS=1 "$envs/$name/bin/python" -m pytest -n 2 --dist worksteal -p no:cacheprovider -ra --durations=5 \
