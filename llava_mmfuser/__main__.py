@@ -258,7 +258,8 @@ def _run(options: argparse.Namespace) -> int:
             runpy.run_path(target, run_name="__main__")
     except (ImportError, OSError, ValueError) as error:
         frame, _ = list(traceback.walk_tb(error.__traceback__))[-1]
-        if frame.f_globals.get("__name__") not in ("runpy", __name__):  # the script's own fault
+        ours = frame.f_globals is globals() or frame.f_globals.get("__name__") == "runpy"
+        if not ours:  # the script's own fault
             raise
         _complain("run", f"{target!r} cannot be run as a script or as a module: {error}")
         return 1

@@ -12,6 +12,7 @@ PROJECTOR_TYPE = "mmfuser"
 FLAG_PREFIX = "mm_fuser_"
 
 
+# No `from __future__ import annotations` here: flags are made from these fields' types.
 @dataclass(frozen=True)
 class MMFuserConfig:
     """Settings of the fuser. In a LLaVA config and on the command line field ``x`` is called ``mm_fuser_x``.
@@ -142,13 +143,10 @@ class MMFuserConfig:
 
         The layers are ``mm_fuser_layers``, else ``mm_vision_select_layer``.
         """
-        given = {f.name: read_setting(source, FLAG_PREFIX + f.name) for f in dataclasses.fields(cls)}
-        select_layer = read_setting(source, "mm_vision_select_layer")
-        if given["layers"] is not None:
-            given["layers"] = Layers.parse_listed(given["layers"], select_layer)
-        elif select_layer is not None:
+        given, select_layer = explicit_settings(source), read_setting(source, "mm_vision_select_layer")
+        if "layers" not in given and select_layer is not None:
             given["layers"] = Layers.parse(select_layer)
-        return cls(**{name: value for name, value in given.items() if value is not None})
+        return cls(**given)
 
     def difference(self, other: "MMFuserConfig") -> Optional[str]:
         """The first field with another value in `other`, or None; fields that mean nothing here do not count."""

@@ -1,7 +1,8 @@
 """What weights are called, LLaVA's, ours and the authors', and what kind of file has which. Opens no file."""
 
+import enum
 import re
-from typing import Any, Dict, Iterable, List, Optional, Tuple
+from typing import Any, Dict, Iterable, List, Mapping, Optional, Tuple
 
 import torch
 
@@ -150,6 +151,29 @@ def differences(found: Shapes, expected: Shapes) -> Optional[str]:
         if name in found and tuple(found[name]) != tuple(shape)
     ]
     return "; ".join(problems) or None
+
+
+class Format(enum.Enum):
+    """What kind of checkpoint a folder holds, in words."""
+
+    OURS = "llava_mmfuser's format"
+    AUTHORS = "the authors' format"
+    LLAVA = "plain LLaVA, without a fuser"
+    OTHER = "no LLaVA"
+
+
+def format_of(config: Mapping[str, Any], projectors: Iterable[Iterable[str]]) -> Format:
+    """Which format a config.json and the names of the weights of its projectors, if it has any, are."""
+    if config.get("mm_projector_type") == PROJECTOR_TYPE:
+        return Format.OURS
+    if is_authors_config(config) or any(map(is_published, projectors)):
+        return Format.AUTHORS
+    return Format.LLAVA if {"mm_vision_tower", "mm_projector_type"} & set(config) else Format.OTHER
+
+
+def is_fused(config: Mapping[str, Any]) -> bool:
+    """Whether a config.json says that there is a fuser, ours or the authors'."""
+    return config.get("mm_projector_type") == PROJECTOR_TYPE or is_authors_config(config)
 
 
 def is_authors_config(config: Any) -> bool:

@@ -256,6 +256,16 @@ def test_odd_arguments_are_one_line(tmp_path, monkeypatch, capsys, arguments, me
     assert len((out + err).splitlines()) <= 2 and message in out + err
 
 
+def test_run_leaves_a_scripts_own_fault_to_the_script(tmp_path):
+    import host
+
+    script = tmp_path / "script.py"
+    script.write_text("int('no number')\n")
+    done = host.run([sys.executable, "-m", "llava_mmfuser", "run", script], check=False)
+    assert done.returncode == 1 and "Traceback" in done.stdout and f'File "{script}", line 1' in done.stdout
+    assert "cannot be run as a script" not in done.stdout
+
+
 @pytest.mark.parametrize(
     "settings,message",
     [

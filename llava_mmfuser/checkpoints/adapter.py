@@ -7,9 +7,9 @@ from typing import Any, Dict, Mapping, Optional
 import torch
 
 from ..block.kinds import FUSIONS
-from ..config import PROJECTOR_TYPE, MMFuserConfig
+from ..config import MMFuserConfig
 from ..layers import spell
-from ..names import MARK, Shapes, compare, describe, is_authors_config, rename_published, without_wrapper
+from ..names import MARK, Shapes, compare, describe, is_fused, rename_published, without_wrapper
 from .files import read_config, read_tensors
 
 
@@ -65,7 +65,7 @@ def match_adapter(
     if expected is not None and weights:
         check_shapes(path, weights, expected, kind)
     config = read_config(os.path.dirname(path)) or {}
-    of_fuser = is_authors_config(config) or config.get("mm_projector_type") == PROJECTOR_TYPE
+    of_fuser = is_fused(config)
     fusions = (settings.fusion, config.get("mm_fuser_fusion"))
     without = any(name in FUSIONS and not FUSIONS[name].has_weights for name in fusions)
     has_all = any(name.startswith("fuser.") for name in weights) or without

@@ -17,7 +17,7 @@ import torch
 from ..block.kinds import FUSIONS
 from ..config import FLAG_PREFIX, PROJECTOR_TYPE, MMFuserConfig
 from ..layers import Layers
-from ..names import MARK, Shapes, compare, convert_hint, from_published, is_authors_config, to_published
+from ..names import MARK, Format, Shapes, compare, convert_hint, from_published, is_authors_config, to_published
 from ..towers import check_features, tower_config
 from . import writing
 from .files import DTYPES
@@ -47,7 +47,7 @@ def convert(source: str, out: str, to_authors: bool = False, link: bool = False)
     """
     _check_out(source, out)
     checkpoint = read_checkpoint(source)
-    _check_format(checkpoint, "ours" if to_authors else "authors", "convert")
+    _check_format(checkpoint, Format.OURS if to_authors else Format.AUTHORS, "convert")
     config = dict(checkpoint.config)
     if to_authors:
         settings = _authors_settings(checkpoint, settings_of(config))
@@ -116,7 +116,7 @@ def upgrade(
     """
     _check_out(source, out)
     checkpoint = read_checkpoint(source)
-    _check_format(checkpoint, "llava", "upgrade")
+    _check_format(checkpoint, Format.LLAVA, "upgrade")
     config = dict(checkpoint.config)
     resolved, tower = _upgrade_settings(checkpoint, vision_tower, dict(settings or {}))
     config.update(mm_projector_type=PROJECTOR_TYPE, mm_hidden_size=tower.hidden_size, **resolved.to_llava())
@@ -202,21 +202,21 @@ def _authors_settings(checkpoint: Checkpoint, settings: MMFuserConfig) -> MMFuse
     return settings
 
 
-def _check_format(checkpoint: Checkpoint, wanted: str, command: str) -> None:
+def _check_format(checkpoint: Checkpoint, wanted: Format, command: str) -> None:
     folder, found = checkpoint.folder, checkpoint.format()
     if found == wanted:
         return
     back = f" --to authors {folder} OUT writes the authors'" if command == "convert" else ""
     kind = checkpoint.config.get("mm_projector_type", "linear")
     messages = {
-        "ours": "in the format of llava_mmfuser already, with a fuser; nothing is to be done"
+        Format.OURS: "in the format of llava_mmfuser already, with a fuser; nothing is to be done"
         + (f" (python -m llava_mmfuser convert{back})" if back else ""),
-        "authors": "in the authors' format already; nothing is to be done"
-        if wanted == "ours"
+        Format.AUTHORS: "in the authors' format already; nothing is to be done"
+        if wanted is Format.OURS
         else convert_hint(folder),
-        "llava": f"plain LLaVA (mm_projector_type={kind!r}) without a fuser; put a fresh one in front with: "
+        Format.LLAVA: f"plain LLaVA (mm_projector_type={kind!r}) without a fuser; put a fresh one in front with: "
         f"python -m llava_mmfuser upgrade {folder} OUT",
-        "other": "not a LLaVA checkpoint: its config.json has neither mm_vision_tower nor mm_projector_type",
+        Format.OTHER: "not a LLaVA checkpoint: its config.json has neither mm_vision_tower nor mm_projector_type",
     }
     raise ValueError(f"{folder} is {messages[found]}")
 

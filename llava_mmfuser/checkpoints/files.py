@@ -69,7 +69,8 @@ def load_bin(path: str) -> Dict[str, torch.Tensor]:
     if zipfile.is_zipfile(path):
         with contextlib.suppress(Exception):  # `read_tensors` finds the same fault, and says what to do
             state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-            if isinstance(state, dict) and all(isinstance(value, torch.Tensor) for value in state.values()):
+            tensors = isinstance(state, dict) and all(isinstance(value, torch.Tensor) for value in state.values())
+            if tensors and all(isinstance(name, str) for name in state):
                 return state
     return read_tensors(path)
 

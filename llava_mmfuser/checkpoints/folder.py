@@ -9,8 +9,7 @@ import re
 from dataclasses import dataclass
 from typing import Any, Dict, List, Mapping, Optional, Tuple
 
-from ..config import PROJECTOR_TYPE
-from ..names import is_authors_config, is_published
+from ..names import Format, format_of
 from .files import Weight, projector_weights, read_config, read_weights
 
 _MODELS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
@@ -49,13 +48,9 @@ class Checkpoint:
         }
         return {label: weights for label, weights in found.items() if weights}
 
-    def format(self) -> str:
-        """``ours``, ``authors``, ``llava`` (no fuser) or ``other``."""
-        if self.config.get("mm_projector_type") == PROJECTOR_TYPE:
-            return "ours"
-        if is_authors_config(self.config) or any(map(is_published, self.projectors().values())):
-            return "authors"
-        return "llava" if {"mm_vision_tower", "mm_projector_type"} & set(self.config) else "other"
+    def format(self) -> Format:
+        """See `format_of`."""
+        return format_of(self.config, self.projectors().values())
 
 
 def read_checkpoint(folder: str) -> Checkpoint:

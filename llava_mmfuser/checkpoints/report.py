@@ -5,9 +5,9 @@ import os
 from typing import Any, Dict, Iterator, List, Mapping, Optional, Tuple
 
 from ..block.kinds import FUSIONS
-from ..config import FLAG_PREFIX, PROJECTOR_TYPE
+from ..config import FLAG_PREFIX
 from ..layers import spell
-from ..names import MARK, convert_hint, describe, from_published, is_authors_config, is_published, to_published
+from ..names import MARK, Format, convert_hint, describe, from_published, is_fused, is_published, to_published
 from ..towers import check_features, check_tower_is_there, local_tower
 from .files import Weight, projector_weights, read_config, read_header, read_tensor, read_weights
 from .fit import check_layers, check_tower, misfit, settings_of
@@ -48,22 +48,17 @@ def _folder_lines(folder: str) -> Iterator[str]:
     names = [w.name for weights in checkpoint.weights.values() for w in weights]
     names += [weight.name for file in lora for weight in read_weights(folder, file)]
     kind = folder_kind(folder)
-    format_name = {
-        "ours": "llava_mmfuser's format",
-        "authors": "the authors' format",
-        "llava": "plain LLaVA, without a fuser",
-        "other": "no LLaVA",
-    }[checkpoint.format()]
-    yield f"type: {kind.partition(' ')[2]} ({describe(names)}), {format_name}"
+    format = checkpoint.format()
+    yield f"type: {kind.partition(' ')[2]} ({describe(names)}), {format.value}"
     for weights in checkpoint.projectors().values():
         yield from _weight_lines(folder, weights)
     if checkpoint.left_out:
         yield f"not looked at: {', '.join(checkpoint.left_out)}"
-    if checkpoint.format() == "other":
+    if format is Format.OTHER:
         raise ValueError(
             "config.json has neither mm_vision_tower nor mm_projector_type, so this is no LLaVA checkpoint"
         )
-    if checkpoint.format() == "authors":
+    if format is Format.AUTHORS:
         raise ValueError(f"it is {convert_hint(folder)}")
     if kind == MIXED:
         raise ValueError(
@@ -108,7 +103,7 @@ def _adapter_lines(path: str) -> Iterator[str]:
 
 def _setting_lines(config: Dict[str, Any]) -> Iterator[str]:
     shown = {key: value for key, value in config.items() if key.startswith("mm_") or key == "hidden_size"}
-    if config.get("mm_projector_type") == PROJECTOR_TYPE or is_authors_config(config):
+    if is_fused(config):
         settings = settings_of(config)
         yield f"layers: {settings.layers}"
         fuser = {FLAG_PREFIX + f.name: getattr(settings, f.name) for f in dataclasses.fields(settings)}
@@ -138,7 +133,7 @@ def _fit_lines(config: Mapping[str, Any], projectors: Mapping[str, Mapping[str, 
     settings = settings_of(config)
     if not projectors:
         raise ValueError(f"there are no weights of a projector (no name with {MARK!r})")
-    fused = config.get("mm_projector_type") == PROJECTOR_TYPE or is_authors_config(config)
+    fused = is_fused(config)
     tower = local_tower(config)
     if fused and not check_layers(config, settings):
         name = config.get("mm_vision_tower")

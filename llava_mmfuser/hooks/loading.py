@@ -4,7 +4,6 @@ import contextlib
 import inspect
 import logging
 import os
-from types import SimpleNamespace
 from typing import Any, Dict, Optional
 
 from ..block.leaves import Resettable, materialize
@@ -86,7 +85,7 @@ def _check_checkpoint(model_path: str, model_base: Optional[str], model_name: st
     if config is None:
         return
     if is_authors_config(config):
-        refuse_layer_list(SimpleNamespace(**{**config, "_name_or_path": model_path}))
+        refuse_layer_list({**config, "_name_or_path": model_path})
     is_lora, fused = "lora" in model_name.lower(), config.get("mm_projector_type") == PROJECTOR_TYPE
     if fused:
         _check_place(model_path, model_base, model_name, config)

@@ -95,7 +95,7 @@ def parse_args_into_dataclasses(original, self, *args, **kwargs):
     if model_args is not None and training_args is not None:
         run = getattr(model_args, RUN, None)
         if run is not None:
-            _check_trained(run, model_args, training_args)
+            _check_trained(run, training_args)
         if model_args.vision_tower is not None:
             _check_output_dir(model_args, training_args, run)
         if model_args.mm_projector_type == PROJECTOR_TYPE:
@@ -103,9 +103,9 @@ def parse_args_into_dataclasses(original, self, *args, **kwargs):
     return parsed
 
 
-def _check_trained(run: Run, model_args: Any, training_args: Any) -> None:
+def _check_trained(run: Run, training_args: Any) -> None:
     """Refuse to freeze a fuser that no weights come for, unless it cannot be known yet."""
-    known = os.path.isdir(model_args.model_name_or_path) and run.start.get("mm_projector_type") != PROJECTOR_TYPE
+    known = bool(run.start) and run.start.get("mm_projector_type") != PROJECTOR_TYPE
     brought = any(name.startswith("fuser.") for name in run.adapter or ())
     fresh = known and not brought and FUSIONS[run.settings.fusion].has_weights
     if fresh and getattr(training_args, "freeze_mm_mlp_adapter", False):
@@ -167,7 +167,7 @@ def _kept_settings(start: Mapping[str, Any], tower: Any, given: Dict[str, Any]) 
     for name, value in given.items():
         if value != getattr(kept, name):
             raise ValueError(
-                f"mm_fuser_{name}={value!r}, but the checkpoint was trained with {getattr(kept, name)!r}; "
+                f"mm_fuser_{name}={spell(value)}, but the checkpoint was trained with {spell(getattr(kept, name))}; "
                 f"drop the flag, or start from a checkpoint without a fuser"
             )
     return kept

@@ -3,7 +3,7 @@
 from typing import Any
 
 from ..checkpoints.fit import check_tower
-from ..config import PROJECTOR_TYPE, MMFuserConfig
+from ..config import PROJECTOR_TYPE, MMFuserConfig, read_setting
 from ..layers import spell
 from ..names import convert_hint, is_authors_config
 from ..towers import check_features, return_layers, tower_config
@@ -34,7 +34,7 @@ def _settings_of_checkpoint(config: Any, vision_tower: str) -> MMFuserConfig:
 def refuse_layer_list(args: Any) -> None:
     if is_authors_config(args):
         raise ValueError(
-            f"mm_vision_select_layer={spell(args.mm_vision_select_layer)} is a list, which needs "
-            f"mm_projector_type={PROJECTOR_TYPE}, but it is {getattr(args, 'mm_projector_type', None)!r}; in a "
-            f"config.json this means {convert_hint(getattr(args, '_name_or_path', None) or 'IN')}"
+            f"mm_vision_select_layer={spell(read_setting(args, 'mm_vision_select_layer'))} is a list, which needs "
+            f"mm_projector_type={PROJECTOR_TYPE}, but it is {read_setting(args, 'mm_projector_type')!r}; in a "
+            f"config.json this means {convert_hint(read_setting(args, '_name_or_path') or 'IN')}"
         )

@@ -11,9 +11,9 @@ from ..block.kinds import FUSIONS
 from ..checkpoints.files import read_config, read_tensor
 from ..checkpoints.fit import settings_of
 from ..checkpoints.folder import read_checkpoint
-from ..config import PROJECTOR_TYPE, MMFuserConfig
+from ..config import MMFuserConfig
 from ..layers import LAYER_SETS, Layers
-from ..names import MARK, differences, is_authors_config, rename_published
+from ..names import MARK, differences, is_fused, rename_published, without_wrapper
 from ..towers import CLIP_TYPES, check_features, tower_config
 
 _TOWER_MARK = "vision_tower.vision_tower."
@@ -65,7 +65,7 @@ def read_model(
     label, folders, notes = os.path.basename(os.path.abspath(path)), [path] + ([base] if base else []), []
 
     fuser = settings.build(tower_settings.hidden_size, config.get("hidden_size", tower_settings.hidden_size))
-    weights, source = _stored(folders, MARK, "fuser.") if _has_fuser(config) else ({}, "")
+    weights, source = _stored(folders, MARK, "fuser.") if is_fused(config) else ({}, "")
     if weights:
         _load(fuser, weights, source)
         notes.append(f"fuser: {len(weights)} tensors from {source}")
@@ -113,12 +113,8 @@ def _device(name: Optional[str]) -> torch.device:
     return device
 
 
-def _has_fuser(config: Mapping[str, Any]) -> bool:
-    return config.get("mm_projector_type") == PROJECTOR_TYPE or is_authors_config(config)
-
-
 def _settings(path: str, config: Mapping[str, Any], layers: Optional[str]) -> MMFuserConfig:
-    if not _has_fuser(config):
+    if not is_fused(config):
         query = config.get("mm_vision_select_layer", -2)
         if layers in LAYER_SETS:
             return MMFuserConfig(layers=Layers.parse_listed(layers, query, "--layers"))
@@ -153,6 +149,7 @@ def _stored(folders: Sequence[str], mark: str, prefix: str = "") -> Tuple[Dict[s
         checkpoint = read_checkpoint(folder)
         weights = [weight for file in checkpoint.shards or checkpoint.adapters for weight in checkpoint.weights[file]]
         found = {weight.name.split(mark, 1)[1]: weight for weight in weights if mark in weight.name}
+        without_wrapper(found)
         rename_published(found)
         found = {name[len(prefix) :]: weight for name, weight in found.items() if name.startswith(prefix)}
         if found:

@@ -3,6 +3,7 @@
 import re
 
 import pytest
+import torch
 from layouts import DAMAGE, LAYOUTS, SAFE, change_config, edit_weights, fingerprint, read, truncate, without
 from safetensors.torch import load_file, save_file
 
@@ -88,6 +89,12 @@ def test_inspect_does_not_look_for_the_tower_on_the_net(take, cli, monkeypatch):
     monkeypatch.setattr(huggingface_hub.file_download, "get_hf_file_metadata", lambda *a, **k: pytest.fail("download"))
     code, out, _ = cli("inspect", folder)
     assert code == 0 and "layers not compared" in out
+
+
+def test_inspect_reads_a_file_whose_names_are_numbers(tmp_path, cli):
+    torch.save({3: torch.ones(2)}, tmp_path / "mm_projector.bin")
+    code, out, err = cli("inspect", tmp_path / "mm_projector.bin")
+    assert code == 1 and "has no weights of a projector" in out and "a fault of llava_mmfuser" not in out + err
 
 
 @pytest.mark.parametrize("kind", ["ours", "plain", "theirs"])

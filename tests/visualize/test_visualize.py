@@ -113,7 +113,7 @@ def test_arrays_are_what_the_loaded_llava_computes(models, picture, cli, tmp_pat
     assert np.array_equal(found["difference"], found["fused"] - found["layers"][-1])
 
 
-@pytest.mark.parametrize("kind", ["adapter", "authors' names", "several shards"])
+@pytest.mark.parametrize("kind", ["adapter", "authors' names", "wrapped by PEFT", "several shards"])
 def test_every_layout_gives_the_same_fuser(models, tmp_path, kind):
     folder = models / "adapter"
     if kind == "authors' names":
@@ -124,6 +124,11 @@ def test_every_layout_gives_the_same_fuser(models, tmp_path, kind):
         names = {name: name.split("mm_projector.")[1] for name in state}
         state = {name.replace(names[name], to_published(names[name])): value for name, value in state.items()}
         torch.save(state, folder / "mm_projector.bin")
+    elif kind == "wrapped by PEFT":
+        folder = change_config(folder, tmp_path / "in")
+        state = torch.load(folder / "mm_projector.bin", weights_only=True)
+        wrap = "mm_projector.modules_to_save.default."
+        torch.save({n.replace("mm_projector.", wrap): v for n, v in state.items()}, folder / "mm_projector.bin")
     elif kind == "several shards":
         folder = tmp_path / "in"
         full = load_file(models / "llava-fused" / "model.safetensors")
