@@ -6,6 +6,7 @@ from setuptools import find_packages, setup
 from setuptools.command.build_py import build_py
 
 HERE = Path(__file__).parent
+README = HERE / "README.md"
 PTH = "llava_mmfuser.pth"
 # Quiet where the package is gone but the line is not, as after deleting the clone of an editable install.
 PTH_LINE = "import sys; exec('try:\\n import llava_mmfuser.activation as a; a.install()\\nexcept ImportError: pass')\n"
@@ -33,11 +34,15 @@ setup(
     name="llava-mmfuser",
     version=re.search(r'__version__ = "(.+)"', (HERE / "llava_mmfuser" / "__init__.py").read_text()).group(1),
     description="MMFuser for an unmodified LLaVA: --mm_projector_type mmfuser",
-    long_description=(HERE / "README.md").read_text(encoding="utf-8") if (HERE / "README.md").exists() else "",
+    # Away from the repository its relative links lead nowhere: their texts stay.
+    long_description=re.sub(r"!?\[([^\]]*)\]\((?!https?:)[^)]*\)", r"\1", README.read_text(encoding="utf-8"))
+    if README.exists()
+    else "",
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.8",
     packages=find_packages(include=["llava_mmfuser", "llava_mmfuser.*"]),
+    package_data={"llava_mmfuser": ["py.typed"]},
     # Nothing that LLaVA pins: installing this package must not change LLaVA's environment.
     install_requires=[],
     extras_require={
@@ -45,7 +50,7 @@ setup(
         "flash": ["flash-attn"],
         "triton": ["triton"],
         "visualize": ["matplotlib"],
-        "dev": ["pytest", "ruff", "scikit-learn", "scikit-image", "matplotlib"],
+        "dev": ["pytest", "pytest-xdist", "ruff==0.17.6", "mypy==2.4.1", "scikit-learn", "scikit-image", "matplotlib"],
     },
     cmdclass={"build_py": BuildPyWithHook},
 )

@@ -4,14 +4,11 @@ Importing this package imports nothing heavy: it runs at every interpreter start
 
 Where things live, from LLaVA inwards:
 
-* hooking: ``activation`` (import hook), ``llava_patch`` (what of LLaVA is replaced, and why), ``patching`` (how),
-  ``installation`` (what is installed and patched: `status`)
-* in LLaVA's place: ``vision`` (several layers of the tower), ``projector``, ``trainer``
-* the block: ``config`` (every setting), ``fuser``, ``attention``, ``ops`` (sampling), ``resettable`` (its leaf modules)
-* its rivals: ``fusion`` (the simple fusions)
-* pictures: ``visualize`` (drawing), ``feature_maps`` (what is drawn), ``pictures`` (of which files or URLs)
-* checkpoints: ``checkpoint`` (names, shapes, adapters), ``inspection``, ``convert`` (what to write), ``writing`` (how)
-* ``__main__``: the command line
+* ``activation`` (import hook), ``llava_patch`` (the table of what is replaced), ``patching`` (how), ``installation``
+  (`status`), ``hooks`` (what stands in LLaVA's place)
+* ``towers`` (several layers of a ViT), ``projector`` (the block in front of LLaVA's own), ``block`` (torch only)
+* ``config`` (every setting), ``layers`` (which of the tower's), ``names`` (of weights)
+* ``__main__`` (the command line), ``checkpoints`` (inspect, convert, upgrade), ``visualize``
 """
 
 __version__ = "0.1.0"

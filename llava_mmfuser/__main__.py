@@ -6,19 +6,14 @@ import os
 import re
 import runpy
 import sys
+import traceback
 import warnings
-from typing import Any, Callable
+from typing import Any, Callable, Dict
 
 from . import activation
 from .block.kinds import MAX_LAYERS, check_count
-from .config import (
-    FLAG_PREFIX,
-    LAYER_SETS,
-    MMFuserConfig,
-    parse_listed_layers,
-    resolve_layers,
-    spell,
-)
+from .config import FLAG_PREFIX, MMFuserConfig
+from .layers import LAYER_SETS, Layers
 
 
 def main() -> int:
@@ -64,8 +59,9 @@ def _add_checkpoint_commands(commands: Any) -> None:
     upgrade.add_argument(
         "--vision-tower", metavar="PATH", help="where to read the tower's config. If not given: mm_vision_tower of IN."
     )
+    kinds: Dict[Any, Dict[str, Any]] = {bool: {"type": _boolean, "nargs": "?", "const": True}, int: {"type": int}}
     for setting in dataclasses.fields(MMFuserConfig):
-        kind = {bool: {"type": _boolean, "nargs": "?", "const": True}, int: {"type": int}}.get(setting.type, {})
+        kind = kinds.get(setting.type, {})
         upgrade.add_argument(
             "--" + FLAG_PREFIX + setting.name, dest=setting.name, help=setting.metadata["help"], **kind
         )
@@ -130,13 +126,13 @@ def _layers(options: argparse.Namespace) -> int:
         blocks = int(options.tower[:4000])  # more digits than Python converts are too many blocks, too
         check_count(blocks, MAX_LAYERS, "blocks")
     else:
-        from .inspection import tower_config
+        from .towers import tower_config
 
         blocks = tower_config(options.tower).num_hidden_layers
-    resolve_layers((options.query,), blocks)  # refuses a query that does not exist
+    Layers((options.query,), setting="mm_vision_select_layer").resolve(blocks)  # refuses a query that does not exist
     for name in LAYER_SETS:
         try:
-            layers = spell(resolve_layers(parse_listed_layers(name, options.query), blocks, "mm_fuser_layers"))
+            layers = str(Layers.parse_listed(name, options.query).resolve(blocks))
         except ValueError:
             layers = "none below this layer"
         _say(f"{name:8} {layers}")
@@ -144,7 +140,7 @@ def _layers(options: argparse.Namespace) -> int:
 
 
 def _inspect(options: argparse.Namespace) -> int:
-    from .inspection import NAME_NOTE, inspect
+    from .checkpoints.report import NAME_NOTE, inspect
 
     try:
         lines, reason = inspect(options.path)
@@ -162,7 +158,7 @@ def _inspect(options: argparse.Namespace) -> int:
 
 
 def _convert(options: argparse.Namespace) -> int:
-    from .convert import convert
+    from .checkpoints.convert import convert
 
     for note in convert(options.input, options.output, options.to == "authors", options.link):
         _say(note)
@@ -170,7 +166,7 @@ def _convert(options: argparse.Namespace) -> int:
 
 
 def _upgrade(options: argparse.Namespace) -> int:
-    from .convert import upgrade
+    from .checkpoints.convert import upgrade
 
     given = {setting.name: getattr(options, setting.name) for setting in dataclasses.fields(MMFuserConfig)}
     settings = {name: value for name, value in given.items() if value is not None}
@@ -180,7 +176,7 @@ def _upgrade(options: argparse.Namespace) -> int:
 
 
 def _visualize(options: argparse.Namespace) -> int:
-    from .visualize import visualize
+    from .visualize.command import visualize
 
     failed = False
     for outcome in visualize(
@@ -211,8 +207,7 @@ def _reporting_errors(command: str, function: Callable[[argparse.Namespace], int
             sys.stdout.flush()  # a full disk or a closed pipe may show only here
         return code
     except KeyboardInterrupt:
-        again = "" if command not in ("convert", "upgrade") else "; the same command again goes on from here"
-        print(f"python -m llava_mmfuser {command}: interrupted{again}", file=sys.stderr)
+        print(f"python -m llava_mmfuser {command}: interrupted", file=sys.stderr)
         return 130
     except BrokenPipeError:  # whoever reads the output has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -262,10 +257,9 @@ def _run(options: argparse.Namespace) -> int:
                 sys.path[0] = os.path.dirname(os.path.abspath(target))
             runpy.run_path(target, run_name="__main__")
     except (ImportError, OSError, ValueError) as error:
-        trace = error.__traceback__
-        while trace.tb_next is not None:
-            trace = trace.tb_next
-        if trace.tb_frame.f_globals.get("__name__") not in ("runpy", __name__):  # the script's own fault
+        frame, _ = list(traceback.walk_tb(error.__traceback__))[-1]
+        ours = frame.f_globals is globals() or frame.f_globals.get("__name__") == "runpy"
+        if not ours:  # the script's own fault
             raise
         _complain("run", f"{target!r} cannot be run as a script or as a module: {error}")
         return 1

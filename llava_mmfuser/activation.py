@@ -56,13 +56,13 @@ def _patch_after_exec(loader):
         if again or name == trigger:
             _apply(trigger)
 
-    exec_and_patch.hooked = True
     loader.exec_module = exec_and_patch
+    loader.exec_module.hooked = True
 
 
 def _revert(trigger=None):
-    patch = sys.modules.get("llava_mmfuser.llava_patch")
-    return hasattr(patch, "revert") and patch.revert(trigger)
+    revert = getattr(sys.modules.get("llava_mmfuser.llava_patch"), "revert", None)
+    return revert is not None and revert(trigger)
 
 
 def _apply(trigger):

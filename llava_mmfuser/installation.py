@@ -75,9 +75,8 @@ def _import(module: str) -> Tuple[Any, bool]:
         host, absent = module.split(".")[0], getattr(error, "name", None) or ""
         if isinstance(error, ModuleNotFoundError) and absent != host and f"{module}.".startswith(f"{absent}."):
             return f"{folder_of(host)} has no {absent}", True
-        if type(error) is ImportError:
-            error = _swallowed(module) or error
-        return f"LLaVA cannot be imported: {explain(error)}", False
+        hidden = _swallowed(module) if type(error) is ImportError else None
+        return f"LLaVA cannot be imported: {explain(hidden or error)}", False
     return None, False
 
 

@@ -10,14 +10,17 @@ from typing import Any, Callable, Dict, Iterable, List, NamedTuple, Optional, Tu
 
 
 class Patch(NamedTuple):
-    """One row: what is replaced (None: only relied upon), by what, which parameters it must have, and why."""
+    """One row."""
 
-    target: str
-    replacement: Optional[Callable]
-    parameters: Tuple[str, ...]
+    target: str  # module:name, or module:class.name
+    replacement: Optional[Callable]  # called with the original first; None where the target is only relied upon
+    parameters: str  # that the target must begin with, separated by blanks
     reason: str
+    until: str  # what upstream would have to have for the row to go
 
 
+# Module of LLaVA -> None, or why its rows were not applied; kept by `llava_patch.apply`.
+applied: Dict[str, Optional[str]] = {}
 _originals: Dict[str, Any] = {}
 # target -> where `replace` wrote its stand-in; a module may have been imported anew since
 _places: Dict[str, List[Tuple[Any, str]]] = {}
@@ -38,8 +41,9 @@ def check_row(row: Patch) -> Tuple[str, str]:
         return "changed", f"expected a function, found {type(found).__name__}"
     if isinstance(found, classmethod):
         parameters = parameters[1:]
-    if parameters[: len(row.parameters)] != row.parameters:
-        return "changed", f"expected parameters ({', '.join(row.parameters)}), found ({', '.join(parameters)})"
+    expected = tuple(row.parameters.split())
+    if parameters[: len(expected)] != expected:
+        return "changed", f"expected parameters ({', '.join(expected)}), found ({', '.join(parameters)})"
     if row.replacement is None:
         return "ok", "relied upon"
     return "ok", "patched" if row.target in _originals else "not patched"
@@ -51,7 +55,7 @@ def stand_in(original: Callable, call: Callable) -> Callable:
     Name, signature, source, annotations, attributes and pickling by name are those of `original`; ``__wrapped__`` is
     there only where `original` has one, and is the same.
     """
-    function = lambda *args, **kwargs: call(*args, **kwargs)  # noqa: E731  (one line: a traceback shows the original's)
+    function: Any = lambda *args, **kwargs: call(*args, **kwargs)  # noqa: E731  (one line: a traceback shows the original's)
     if inspect.isfunction(original):
         code = original.__code__
         place = {"co_filename": code.co_filename, "co_firstlineno": code.co_firstlineno, "co_name": code.co_name}
@@ -75,14 +79,14 @@ def replace(target: str, replacement: Callable) -> None:
     places = [(owner, name)]
     if isinstance(original, classmethod):
         call = original.__func__
-        function = classmethod(
+        function: Any = classmethod(
             stand_in(call, lambda cls, *args, **kwargs: replacement(functools.partial(call, cls), *args, **kwargs))
         )
     else:
         function = _stand_in(original, replacement)
-        home = sys.modules.get(getattr(original, "__module__", None))
-        if inspect.ismodule(owner) and getattr(home, original.__name__, None) is original:
-            places.append((home, original.__name__))
+        home = sys.modules.get(getattr(original, "__module__", ""))
+        if inspect.ismodule(owner) and getattr(home, function.__name__, None) is original:
+            places.append((home, function.__name__))
     for place in places:
         setattr(*place, function)
     _originals[target], _places[target] = original, places

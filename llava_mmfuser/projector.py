@@ -3,7 +3,7 @@
 import logging
 import math
 from collections import OrderedDict
-from typing import Dict, Iterator, Union
+from typing import Callable, Dict, Iterator, List, Optional, Union
 
 import torch
 import torch.nn.functional as F
@@ -11,13 +11,13 @@ from torch import nn
 
 from .block.fusion import Fusion
 from .block.leaves import Resettable, own_random_state
-from .checkpoint import MARK, Shapes, compare, rename_published, without_wrapper
 from .config import MMFuserConfig
+from .names import MARK, Shapes, compare, rename_published, without_wrapper
 
 logger = logging.getLogger("llava_mmfuser")
 
 
-class MMFuserProjector(Resettable, nn.Module):
+class MMFuserProjector(Resettable):
     """``projector(fuser(layers))``, drop-in for LLaVA's ``mm_projector``.
 
     The projector's children and direct parameters are adopted under their own names (``0``, ``2``, or ``weight`` and
@@ -33,6 +33,9 @@ class MMFuserProjector(Resettable, nn.Module):
         projector: what LLaVA's `build_vision_projector` returns for ``linear`` or ``mlpNx_gelu``.
     """
 
+    weight: nn.Parameter  # this and bias are there where the projector is ``linear``
+    bias: nn.Parameter
+
     def __init__(self, fuser: Fusion, projector: nn.Module):
         super().__init__()
         for name, child in projector.named_children():
@@ -42,11 +45,12 @@ class MMFuserProjector(Resettable, nn.Module):
         if isinstance(projector, nn.Linear):
             self.in_features, self.out_features = projector.in_features, projector.out_features
         self.fuser = fuser
-        self.num_loaded = None  # fuser tensors in the last state dict that had any of this projector's
-        self.missing = []  # names of the fuser's tensors that the checkpoint lacked from which this was loaded
-        self.lr = None  # of the fuser; None takes that of the projector
+        self.num_loaded: Optional[int] = None  # fuser tensors in the last state dict that had any of this projector's
+        self.missing: List[str] = []  # fuser tensors that the checkpoint lacked from which this was loaded
+        self.lr: Optional[float] = None  # of the fuser; None takes that of the projector
         self.log_gates = True  # whether the Trainer logs the fuser's gates
-        self._problems = None  # what that state dict lacked or had too much
+        self._in_model = False  # whether that was a whole model's
+        self._problems: Optional[str] = None  # what that state dict lacked or had too much
         self.register_load_state_dict_post_hook(self._after_load_state_dict)
 
     @classmethod
@@ -55,7 +59,7 @@ class MMFuserProjector(Resettable, nn.Module):
 
         What is drawn at random afterwards is the same as without the fuser.
         """
-        first = projector if isinstance(projector, nn.Linear) else projector[0]
+        first = next(module for module in projector.modules() if isinstance(module, nn.Linear))
         with own_random_state():
             fuser = settings.build(hidden_size, first.out_features)
         return cls(fuser, projector)
@@ -73,32 +77,15 @@ class MMFuserProjector(Resettable, nn.Module):
         Raises:
             ValueError: a channel count that is not L*C, or a token count that is neither a square nor one more.
         """
-        fuser = self.fuser
-        if features.dim() != 3 or features.shape[-1] != fuser.num_layers * fuser.hidden_size:
-            raise ValueError(
-                f"features {tuple(features.shape)} must be [B, N, {fuser.num_layers} * {fuser.hidden_size}]: "
-                f"this projector fuses {fuser.num_layers} layers; is the vision tower's select_layer the same?"
-            )
-        layers = features.unflatten(-1, (fuser.num_layers, fuser.hidden_size)).unbind(-2)
-        tokens = features.shape[1]
-        has_cls = math.isqrt(tokens) ** 2 != tokens
-        if has_cls and math.isqrt(tokens - 1) ** 2 != tokens - 1:
-            raise ValueError(f"{tokens} tokens are neither a square map nor one with CLS in front")
-        patches = [layer[:, 1:] for layer in layers] if has_cls else layers
-        fused = fuser(patches)
-        if has_cls:
-            fused = torch.cat([layers[-1][:, :1], fused], dim=1)
-        first, *others = list(self._adopted().values()) or [None]
-        fused = F.linear(fused, self.weight, self.bias) if first is None else first(fused)
-        if fuser.acts_in_first_layer:
-            extra = fuser.to_first_layer(patches).to(fused.dtype)
-            fused = fused + F.pad(extra, (0, 0, int(has_cls), 0))
+        adopted: List[Callable[[torch.Tensor], torch.Tensor]] = [*self._adopted().values()]
+        first, *others = adopted or [lambda x: F.linear(x, self.weight, self.bias)]
+        fused = self.fuser.project(features, first)
         for child in others:
             fused = child(fused)
         return fused
 
     def _adopted(self) -> Dict[str, nn.Module]:
-        return {name: child for name, child in self._modules.items() if name != "fuser"}
+        return {name: child for name, child in self.named_children() if name != "fuser"}
 
     def _items(self) -> nn.Sequential:
         children = OrderedDict(self._adopted())
@@ -135,6 +122,7 @@ class MMFuserProjector(Resettable, nn.Module):
         shapes = {key[len(prefix) :]: tuple(value.shape) for key, value in state_dict.items() if key.startswith(prefix)}
         fuser = {"fuser." + name for name, _ in self.fuser.named_parameters()}
         self.num_loaded = len(fuser & shapes.keys()) if shapes and fuser else None
+        self._in_model = prefix != ""  # whoever loads the projector alone reports it
         # A shard of a whole model may hold any part of the projector; an adapter must hold all of it.
         whole = prefix == "" or (shapes and all(MARK in key for key in state_dict))
         whole = whole and not any(hasattr(value, "ds_id") for value in self.parameters())  # loaded by DeepSpeed itself
@@ -153,10 +141,6 @@ class MMFuserProjector(Resettable, nn.Module):
             for key in missing:
                 incompatible_keys.missing_keys.remove(key)
             logger.warning("none of %d fuser tensors is in this state dict; the fuser keeps its present weights", total)
-        elif self.num_loaded is not None:
-            logger.log(
-                logging.INFO if self.num_loaded == total else logging.WARNING,
-                "loaded %d of %d fuser tensors",
-                self.num_loaded,
-                total,
-            )
+        elif self.num_loaded is not None and (self._in_model or self.num_loaded < total):
+            level = logging.INFO if self.num_loaded == total else logging.WARNING
+            logger.log(level, "loaded %d of %d fuser tensors", self.num_loaded, total)

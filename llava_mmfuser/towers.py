@@ -1,17 +1,87 @@
-"""Several layers of a ViT in one pass that ends at the deepest of them. Knows transformers' CLIP, not LLaVA."""
+"""Vision towers: what their config says, and several of their layers in one pass that ends at the deepest of them.
+
+Knows transformers' CLIP, not LLaVA.
+"""
 
 import functools
-from typing import Any, Callable, Sequence
+import os
+from typing import Any, Callable, Mapping, Optional, Sequence
 
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from .block.kinds import MAX_LAYERS, MAX_WIDTH, check_count
 from .block.operator import is_compiling
 from .block.sampling import is_recorded
+from .config import PROJECTOR_TYPE, read_setting
 from .patching import stand_in
 
+CLIP_TYPES = ("clip", "clip_vision_model")  # model_type of the vision towers that can be hooked
 SELECT_FEATURES = ("patch", "cls_patch")
+
+
+def tower_config(name: str, local_files_only: bool = False) -> Any:
+    """The `CLIPVisionConfig` of a vision tower (folder or name on the hub); its weights are not read.
+
+    Raises:
+        ValueError: it cannot be found, or is no CLIP tower.
+    """
+    from transformers import CLIPVisionConfig, PretrainedConfig
+
+    try:
+        kind = PretrainedConfig.get_config_dict(name, local_files_only=local_files_only)[0].get("model_type")
+        if kind in CLIP_TYPES:
+            config = CLIPVisionConfig.from_pretrained(name, local_files_only=local_files_only)
+            check_count(config.hidden_size, MAX_WIDTH, f"vision_tower={name!r}: hidden_size")
+            check_count(config.num_hidden_layers, MAX_LAYERS, f"vision_tower={name!r}: num_hidden_layers")
+            return config
+    except (OSError, TypeError, AttributeError) as error:  # the last two of JSON that is no object
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"the config of the vision tower {name!r} cannot be read: {reason}") from error
+    raise ValueError(
+        f"vision_tower={name!r} has model_type={kind!r}, but mm_projector_type={PROJECTOR_TYPE} needs a CLIP tower, "
+        f"such as openai/clip-vit-large-patch14-336"
+    )
+
+
+def check_features(source: Any) -> None:
+    """Refuse a tower, a config (dict or object) or `ModelArguments` with which features come that no fuser can read.
+
+    Raises:
+        ValueError: ``s2``, or a ``mm_vision_select_feature`` other than `SELECT_FEATURES`.
+    """
+    if read_setting(source, "s2") or hasattr(source, "forward_feature"):  # several scales side by side
+        raise ValueError(f"s2=True together with mm_projector_type={PROJECTOR_TYPE} is not supported; set s2 to False")
+    select_feature = read_setting(source, "mm_vision_select_feature") or SELECT_FEATURES[0]
+    if select_feature not in SELECT_FEATURES:
+        allowed = " or ".join(SELECT_FEATURES)
+        raise ValueError(f"mm_vision_select_feature={select_feature!r} is not allowed; use {allowed}")
+
+
+def local_tower(config: Mapping[str, Any]) -> Optional[Any]:
+    """The config of a checkpoint's vision tower, or None where it is not on this machine."""
+    try:
+        return tower_config(str(config.get("mm_vision_tower")), local_files_only=True)
+    except ValueError:
+        return None
+
+
+def check_tower_is_there(config: Mapping[str, Any]) -> None:
+    """Refuse a checkpoint whose vision tower LLaVA would neither find on this machine nor look for on the hub.
+
+    Raises:
+        ValueError: a folder without a CLIP tower's config, or no folder and no name that `build_vision_tower` knows.
+    """
+    name = str(config.get("mm_vision_tower"))
+    if os.path.exists(name):
+        tower_config(name, local_files_only=True)
+    elif not name.startswith(("openai", "laion")) and "ShareGPT4V" not in name:
+        relative = "" if os.path.isabs(name) else f" (seen from {os.getcwd()})"
+        raise ValueError(
+            f"mm_vision_tower={name!r} in config.json is no folder on this machine{relative}, and LLaVA does not look "
+            f"for it on the hub; write where the vision tower is"
+        )
 
 
 def select_tokens(hidden_state: torch.Tensor, select_feature: str) -> torch.Tensor:
@@ -63,7 +133,7 @@ def capture_layers(model: Any, pixel_values: torch.Tensor, layers: Sequence[int]
         if out is None:  # filled map by map: a concatenation at the end would hold all of them twice
             out = tokens.new_empty(*tokens.shape[:2], len(layers), tokens.shape[2], device=pixel_values.device)
         out[:, :, layers.index(index)] = tokens
-    return out.flatten(2) if in_place else torch.cat(maps, dim=-1)
+    return torch.cat(maps, dim=-1) if out is None else out.flatten(2)
 
 
 def _has_graph(model: nn.Module, pixel_values: torch.Tensor) -> bool:
@@ -75,7 +145,7 @@ def concat_layers(hidden_states: Sequence[torch.Tensor], layers: Sequence[int], 
     return torch.cat([select_tokens(hidden_states[index], select_feature) for index in layers], dim=-1)
 
 
-def return_layers(tower: nn.Module, layers: Sequence[int]) -> None:
+def return_layers(tower: Any, layers: Sequence[int]) -> None:
     """Make a tower of LLaVA return these layers side by side, [B, N, L*C]; towers without this stay what they are.
 
     The tower becomes an instance of a subclass of its own class that bears the same name. Its `forward` is the host's
@@ -89,11 +159,11 @@ def return_layers(tower: nn.Module, layers: Sequence[int]) -> None:
     """
     tower.select_layer = list(layers)
     if not hasattr(tower, "_plain_class"):
-        tower.__class__ = _returning_layers(type(tower))
+        tower.__class__ = _returning_layers(tower.__class__)
 
 
 @functools.lru_cache(maxsize=None)
-def _returning_layers(kind: type) -> type:
+def _returning_layers(kind: Any) -> type:
     def feature_select(self, image_forward_outs):
         if not isinstance(self.select_layer, list):
             return kind.feature_select(self, image_forward_outs)
@@ -111,14 +181,14 @@ def _returning_layers(kind: type) -> type:
     return type(kind)(kind.__name__, (kind,), own)
 
 
-def _unpickled(kind: type) -> nn.Module:
+def _unpickled(kind: Any) -> nn.Module:
     kind = _returning_layers(kind)
     return kind.__new__(kind)
 
 
-def _on_view(forward: Callable[[], Callable]) -> Callable:
+def _on_view(forward: Callable[[], Any]) -> Callable:
     """The host's `forward`, as it is when it is called, for a `_View` of the tower; its ``__wrapped__`` likewise."""
-    function = stand_in(forward(), lambda self, *args, **kwargs: forward()(_View(self), *args, **kwargs))
+    function: Any = stand_in(forward(), lambda self, *args, **kwargs: forward()(_View(self), *args, **kwargs))
     if hasattr(function, "__wrapped__"):
         function.__wrapped__ = _on_view(lambda: forward().__wrapped__)
     return function
@@ -127,12 +197,12 @@ def _on_view(forward: Callable[[], Callable]) -> Callable:
 class _Proxy:
     """Another object, but for the attributes of this class. `super()` and `isinstance` take it for that object."""
 
-    _original = None
+    _original: Any = None
 
     def __init__(self, original: Any):
         object.__setattr__(self, "_original", original)
 
-    @property
+    @property  # type: ignore[misc]  # of `object` it can be set, too
     def __class__(self) -> type:
         return type(self._original)
 

@@ -104,9 +104,9 @@ def environment(size: Size) -> Iterator[Result]:
 
 
 def tests(size: Size, *before: str) -> Iterator[Result]:
-    """tests/test_triton.py on this device: all dtypes, backward, deterministic, odd and large shapes, CUDA graphs."""
+    """The kernels' tests on this device: all dtypes, backward, deterministic, odd and large shapes, CUDA graphs."""
     options = ["-q", "-p", "no:cacheprovider", "-rf", *size.tests]
-    command = [sys.executable, "-m", "pytest", *options, "tests/test_triton.py"]
+    command = [sys.executable, "-m", "pytest", *options, "tests/block/test_sampling_triton.py"]
     done = subprocess.run([*before, *command], cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     print(done.stdout[-6000:], flush=True)
     last = (done.stdout.strip().splitlines() or ["no output"])[-1].strip("= ")

@@ -1,14 +1,15 @@
 #!/bin/bash
 # Runs the tests inside real LLaVA installations: a current stack, then the versions LLaVA itself pins.
-#   bash scripts/test.sh [new|pinned|all|quick] [pytest arguments …]      default: all
+#   bash scripts/test.sh [new|pinned|all|quick|serve] [pytest arguments …]      default: all
 # quick: the current stack without the tests marked slow (matrices under DeepSpeed and in bits, launchers, installations).
+# serve: LLaVA's own serving with the gradio that LLaVA pins, its web page in a headless Chromium.
 # Environments are made below $TEST_ENVS (default .test) and reused while their requirements stay the same.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
 stack=all
 case "${1:-}" in
-new | pinned | all) stack=$1 && shift ;;
+new | pinned | all | serve) stack=$1 && shift ;;
 quick) stack=new && shift && set -- -m "not slow" "$@" ;;
 esac
 envs=${TEST_ENVS:-.test}
@@ -17,13 +18,18 @@ llava=llava-torch==1.2.2.post1
 common="transformers==4.37.2 tokenizers==0.15.1 numpy<2 sentencepiece einops pillow requests scikit-learn scikit-image
         matplotlib pytest pytest-xdist setuptools<81 wheel shortuuid"
 new="torch==2.13.0 accelerate==0.34.2 peft<0.12 deepspeed==0.16.9 bitsandbytes==0.50.2 triton==3.6.0
-     onnx==1.23.2 onnxruntime==1.32.0 onnxscript==0.7.2 ruff $common"
+     onnx==1.23.2 onnxruntime==1.32.0 onnxscript==0.7.2 ruff==0.17.6 mypy==2.4.1 fastapi uvicorn $common"
 pinned="torch==2.1.2 accelerate==0.21.0 peft==0.10.0 deepspeed==0.12.6 $common"
+# The gradio that LLaVA pins does not run with starlette 1; a fastapi of its time spares pip a long search.
+serve="torch==2.13.0 accelerate==0.34.2 peft<0.12 deepspeed==0.16.9 gradio==4.16.0 gradio_client==0.8.1 httpx==0.24.0
+       fastapi==0.109.2 uvicorn selenium $common"
 
-if [ "$stack" != pinned ] && ! command -v numactl >/dev/null && command -v apt-get >/dev/null; then
-    echo "== numactl" # DeepSpeed's launcher, on a CPU
-    (apt-get update -qq && apt-get install -qq -y numactl) >/dev/null || echo "not installed; some tests may fail"
-fi
+debian() { # program, packages
+    if ! command -v "$1" >/dev/null && command -v apt-get >/dev/null; then
+        echo "== $1"
+        (apt-get update -qq && apt-get install -qq -y "${@:2}") >/dev/null || echo "not installed; some tests may fail"
+    fi
+}
 
 prepare() { # name, requirements
     local env=$envs/$1
@@ -44,12 +50,25 @@ run() { # name, requirements, pytest arguments
     prepare "$name" "$requirements"
     "$envs/$name/bin/pip" install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
     if [ -x "$envs/$name/bin/ruff" ]; then
+        echo "== $name: ruff, mypy"
         "$envs/$name/bin/ruff" check --quiet llava_mmfuser scripts tests setup.py
+        "$envs/$name/bin/ruff" format --check --quiet .
+        "$envs/$name/bin/mypy"
     fi
     echo "== $name: tests"
     OMP_NUM_THREADS=1 "$envs/$name/bin/python" -m pytest -n 2 --dist worksteal -p no:cacheprovider -ra --durations=5 \
         "$@" tests
 }
 
-if [ "$stack" != pinned ]; then run new "$new" "$@"; fi
-if [ "$stack" != new ]; then run pinned "$pinned" "$@"; fi
+case $stack in
+serve)
+    debian chromedriver chromium chromium-driver
+    run serve "$serve" -n 0 -m serve "$@"
+    ;;
+pinned) run pinned "$pinned" "$@" ;;
+*)
+    debian numactl numactl # DeepSpeed's launcher, on a CPU
+    run new "$new" "$@"
+    if [ "$stack" = all ]; then run pinned "$pinned" "$@"; fi
+    ;;
+esac

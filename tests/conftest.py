@@ -9,9 +9,9 @@ import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT / "scripts"), str(ROOT / "tests")]
+sys.path[:0] = [str(ROOT / "scripts"), str(ROOT / "tests" / "host")]
 
-TORCH = tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2])
+from versions import TORCH  # noqa: E402
 
 
 def pytest_configure(config):
@@ -22,6 +22,7 @@ def pytest_configure(config):
     config.addinivalue_line("markers", "bitsandbytes: 4 and 8 bits on the CPU")
     config.addinivalue_line("markers", "gloo_bf16: two ranks on the CPU in bf16")
     config.addinivalue_line("markers", "gpu: needs a CUDA device")
+    config.addinivalue_line("markers", "serve: LLaVA's own serving, all of it in scripts/test.sh serve")
     config.addinivalue_line("markers", "slow: not in scripts/test.sh quick")
 
 

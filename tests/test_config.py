@@ -1,4 +1,6 @@
 import contextlib
+import copy
+import pickle
 import sys
 from types import SimpleNamespace
 
@@ -6,7 +8,7 @@ import pytest
 
 from llava_mmfuser import MMFuserConfig
 from llava_mmfuser import __main__ as command_line
-from llava_mmfuser.config import check_order, parse_layers, parse_listed_layers, resolve_layers, spell
+from llava_mmfuser.layers import Layers, spell
 
 VIT_L = SimpleNamespace(num_hidden_layers=24, hidden_size=1024)
 
@@ -31,7 +33,18 @@ VIT_L = SimpleNamespace(num_hidden_layers=24, hidden_size=1024)
     ],
 )
 def test_every_spelling_means_the_default_layers_of_vit_l(text):
-    assert resolve_layers(parse_layers(text), 24) == (3, 8, 13, 18, 23)
+    assert Layers.parse(text).resolve(24) == (3, 8, 13, 18, 23)
+
+
+def test_layers_are_a_value_that_knows_how_it_was_given():
+    query, deep, listed = Layers.parse(-2), Layers.parse_listed("deep", -2), Layers.parse("3,23")
+    assert query == Layers((-2,), "uniform") != deep and deep != (-2,) and listed == (3, 23) and hash(listed)
+    assert (str(query), str(deep), str(listed)) == ("-2", "deep", "3,23")
+    assert (query.select_layer, deep.select_layer, listed.select_layer) == (-2, -2, (3, 23))
+    assert deep.setting == "mm_fuser_layers" and listed.setting == "mm_vision_select_layer"
+    for layers in (query, deep, listed):
+        for same in (copy.deepcopy(layers), pickle.loads(pickle.dumps(layers))):
+            assert same == layers and vars(same) == vars(layers)
 
 
 @pytest.mark.parametrize(
@@ -45,7 +58,7 @@ def test_every_spelling_means_the_default_layers_of_vit_l(text):
     ],
 )
 def test_uniform_default(depth, query, layers):
-    assert resolve_layers(query, depth) == layers
+    assert Layers.parse(query).resolve(depth) == layers
 
 
 @pytest.mark.parametrize(
@@ -63,7 +76,7 @@ def test_uniform_default(depth, query, layers):
 )
 def test_layers_that_a_tower_cannot_give_are_refused(layers, message):
     with pytest.raises(ValueError, match=message):
-        resolve_layers(layers, 24)
+        Layers.parse(layers).resolve(24)
 
 
 @pytest.mark.parametrize(
@@ -82,7 +95,7 @@ def test_layers_that_a_tower_cannot_give_are_refused(layers, message):
 )
 def test_values_that_name_no_layers_are_refused(value, message):
     with pytest.raises(ValueError, match=message):
-        parse_layers(value)
+        Layers.parse(value)
 
 
 @pytest.mark.parametrize(
@@ -118,7 +131,7 @@ def test_heads_are_checked_against_the_tower():
 )
 def test_order_is_judged_without_a_tower_as_far_as_it_can_be_known(layers, message):
     with pytest.raises(ValueError, match=message) if message else contextlib.nullcontext():
-        check_order(layers, None, "mm_fuser_layers")
+        Layers(layers).check_order()
 
 
 def test_settings_round_trip_through_a_llava_config():
@@ -152,7 +165,7 @@ def test_select_layer_is_the_default_query():
 
 
 def test_select_layer_none_is_left_alone():
-    from llava_mmfuser.config import check_arguments
+    from llava_mmfuser.hooks.arguments import check_arguments
 
     check_arguments(SimpleNamespace(mm_projector_type="mlp2x_gelu", mm_vision_select_layer=None))
 
@@ -198,7 +211,7 @@ def test_named_sets_that_do_not_fit_or_do_not_exist_are_refused():
     ],
 )
 def test_flags_without_effect_and_unknown_fusions_are_refused(flags, message):
-    from llava_mmfuser.config import check_arguments
+    from llava_mmfuser.hooks.arguments import check_arguments
 
     with pytest.raises(ValueError, match=message):
         check_arguments(SimpleNamespace(mm_projector_type="mmfuser", mm_vision_select_layer=-2, **flags))
@@ -243,6 +256,16 @@ def test_odd_arguments_are_one_line(tmp_path, monkeypatch, capsys, arguments, me
     assert len((out + err).splitlines()) <= 2 and message in out + err
 
 
+def test_run_leaves_a_scripts_own_fault_to_the_script(tmp_path):
+    import host
+
+    script = tmp_path / "script.py"
+    script.write_text("int('no number')\n")
+    done = host.run([sys.executable, "-m", "llava_mmfuser", "run", script], check=False)
+    assert done.returncode == 1 and "Traceback" in done.stdout and f'File "{script}", line 1' in done.stdout
+    assert "cannot be run as a script" not in done.stdout
+
+
 @pytest.mark.parametrize(
     "settings,message",
     [
@@ -268,4 +291,4 @@ def test_every_number_has_a_bound(settings, message):
 
 def test_a_set_of_a_tower_that_is_too_deep_is_refused():
     with pytest.raises(ValueError, match="mm_fuser_layers=all .* more than 1000 layers"):
-        resolve_layers(parse_listed_layers("all"), 10**9, "mm_fuser_layers")
+        Layers.parse_listed("all").resolve(10**9)

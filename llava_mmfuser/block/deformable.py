@@ -13,6 +13,8 @@ from .sampling import cell_positions, deformable_sampling
 class _OffsetLinear(Linear):
     """Zero weight; the bias points each head in its own direction, point k at distance k+1 (Deformable DETR's ring)."""
 
+    bias: nn.Parameter
+
     def __init__(self, hidden_size: int, num_heads: int, num_levels: int, num_points: int):
         self.shape = (num_heads, num_levels, num_points, 2)
         super().__init__(hidden_size, math.prod(self.shape))

@@ -1,8 +1,10 @@
 """What every fusion answers about itself to those who load, train, project and draw it."""
 
-from typing import Optional, Sequence, Tuple
+import math
+from typing import Callable, Optional, Sequence, Tuple
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 Maps = Sequence[torch.Tensor]
@@ -34,6 +36,39 @@ class Fusion(nn.Module):
         """Whether it returns the query whatever the maps are, going by `gate`."""
         gate = self.gate()
         return gate is not None and not gate.detach().any()
+
+    def project(self, features: torch.Tensor, first_layer: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
+        """Fuse what a tower returns, and run the projector's first layer on it.
+
+        Args:
+            features: [B, N, L*C], or [B, 1+N, L*C] with CLS first; N a square. The query's CLS passes unfused.
+            first_layer: maps [..., C] to [..., D].
+
+        Returns:
+            [B, N, D] or [B, 1+N, D], N as `num_tokens` says.
+
+        Raises:
+            ValueError: a channel count that is not L*C, or a token count that is neither a square nor one more.
+        """
+        if features.dim() != 3 or features.shape[-1] != self.num_layers * self.hidden_size:
+            raise ValueError(
+                f"features {tuple(features.shape)} must be [B, N, {self.num_layers} * {self.hidden_size}]: "
+                f"this projector fuses {self.num_layers} layers; is the vision tower's select_layer the same?"
+            )
+        layers = features.unflatten(-1, (self.num_layers, self.hidden_size)).unbind(-2)
+        tokens = features.shape[1]
+        has_cls = math.isqrt(tokens) ** 2 != tokens
+        if has_cls and math.isqrt(tokens - 1) ** 2 != tokens - 1:
+            raise ValueError(f"{tokens} tokens are neither a square map nor one with CLS in front")
+        patches = [layer[:, 1:] for layer in layers] if has_cls else layers
+        fused = self(patches)
+        if has_cls:
+            fused = torch.cat([layers[-1][:, :1], fused], dim=1)
+        out = first_layer(fused)
+        if self.acts_in_first_layer:
+            extra = self.to_first_layer(patches).to(out.dtype)
+            out = out + F.pad(extra, (0, 0, int(has_cls), 0))
+        return out
 
     def to_first_layer(self, layers: Maps) -> torch.Tensor:
         """What it adds to the output of the projector's first layer: [B, N, out_features]."""

@@ -18,8 +18,8 @@ import torch.nn.functional as F
 from torch import nn
 
 
-class Resettable:
-    """Marks a module whose `reset_parameters` restores its own direct parameters, and only those."""
+class Resettable(nn.Module):
+    """A module whose `reset_parameters` restores its own direct parameters, and only those."""
 
     decays = True  # whether an optimizer's weight decay is for its parameters other than a bias
 
@@ -35,7 +35,7 @@ class Normalized(NamedTuple):
     shift: torch.Tensor
 
 
-class Linear(Resettable, nn.Module):
+class Linear(Resettable):
     """Affine map ``x W^T + b`` in the dtype of its input; Xavier-uniform weight, zero bias (paper, as Deformable DETR).
 
     Args:
@@ -43,6 +43,8 @@ class Linear(Resettable, nn.Module):
         out_features: width of the output's last axis.
         bias: False leaves it out.
     """
+
+    bias: Optional[nn.Parameter]
 
     def __init__(self, in_features: int, out_features: int, bias: bool = True):
         super().__init__()
@@ -62,7 +64,8 @@ class Linear(Resettable, nn.Module):
 
     def forward(self, x: Union[torch.Tensor, Normalized]) -> torch.Tensor:
         """Map [..., in_features] to [..., out_features]; see `normed_linears` about `Normalized` features."""
-        weight, bias = self.weight, self.bias
+        weight: torch.Tensor = self.weight
+        bias: Optional[torch.Tensor] = self.bias
         if isinstance(x, Normalized):
             x, scale, shift = x
             dtype = torch.promote_types(weight.dtype, scale.dtype)
@@ -97,7 +100,8 @@ class LayerNorm(Resettable, nn.LayerNorm):
         self.weight.fill_(1)
         self.bias.zero_()
 
-    def forward(self, x: torch.Tensor, apart: bool = False) -> Union[torch.Tensor, Normalized]:
+    # `apart` is no method of its own, because ZeRO-3 has the parameters gathered in a forward only.
+    def forward(self, x: torch.Tensor, apart: bool = False) -> Union[torch.Tensor, Normalized]:  # type: ignore[override]
         """Normalise [..., C]; `apart` leaves scale and shift to `normed_linears`."""
         if apart:  # copies, which outlast this module's forward, after which ZeRO-3 takes the parameters away
             features = F.layer_norm(x, self.normalized_shape, eps=self.eps)
@@ -129,7 +133,7 @@ def normed_linears(x: torch.Tensor, norm: Optional[LayerNorm], *linears: Linear)
     return [linear(normed) for linear in linears]
 
 
-class Gate(Resettable, nn.Module):
+class Gate(Resettable):
     """Learnable scale per channel, zero at first: ``residual + scale * x`` in the dtype of residual.
 
     The parameter is called ``scale`` because transformers 4.37 renames ``gamma`` and ``beta`` in every checkpoint key.
@@ -158,7 +162,7 @@ def own_random_state(seed: Optional[int] = None) -> Iterator[None]:
         seed: None takes one that depends on where torch's generator stands, and so on `torch.manual_seed`.
     """
     with torch.random.fork_rng(devices=[]):
-        seed = torch.randint(2**62, (), device="cpu").item() if seed is None else seed
+        seed = int(torch.randint(2**62, (), device="cpu")) if seed is None else seed
         torch.default_generator.manual_seed(seed)  # unlike `torch.manual_seed` it leaves other devices alone
         yield
 

@@ -95,9 +95,8 @@ class MMFuser(Fusion):
         return self.cross_gate.scale
 
     def samples(self, layers: Sequence[torch.Tensor]) -> Optional[Tuple[torch.Tensor, torch.Tensor]]:
-        if not hasattr(self.cross_attn, "samples"):
-            return None
-        return self.cross_attn.samples(self.query_norm(layers[-1]), self._grid(layers))
+        samples = getattr(self.cross_attn, "samples", None)
+        return None if samples is None else samples(self.query_norm(layers[-1]), self._grid(layers))
 
     def _grid(self, layers: Sequence[torch.Tensor]) -> Tuple[int, int]:
         """Rows and columns of these maps, which are refused unless they fit this block."""

@@ -17,7 +17,7 @@ def operator(
     name: str,
     forward: Callable[..., torch.Tensor],
     gradients: Callable[..., Tuple[Optional[torch.Tensor], ...]],
-) -> Optional[Callable[..., torch.Tensor]]:
+) -> Any:
     """Register an implementation of deformable sampling; differentiable once.
 
     Args:

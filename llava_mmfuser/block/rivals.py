@@ -3,6 +3,7 @@
 `kinds.FUSIONS` says which of them start as an identity.
 """
 
+from functools import reduce
 from typing import Any, Dict, Type
 
 import torch
@@ -30,14 +31,14 @@ class Mean(SimpleFusion):
     """The element-wise mean of all maps."""
 
     def forward(self, layers: Maps) -> torch.Tensor:
-        return sum(layers) / len(layers)
+        return reduce(torch.add, layers) / len(layers)
 
 
 class Sum(SimpleFusion):
     """The element-wise sum of all maps."""
 
     def forward(self, layers: Maps) -> torch.Tensor:
-        return sum(layers)
+        return reduce(torch.add, layers)
 
 
 class WeightedSum(Resettable, SimpleFusion):
@@ -62,7 +63,8 @@ class WeightedSum(Resettable, SimpleFusion):
         return not self.scale.detach()[:-1].any()
 
     def forward(self, layers: Maps) -> torch.Tensor:
-        return sum(layer * weight for layer, weight in zip(layers, self.scale.to(layers[-1].dtype).unbind()))
+        weights = self.scale.to(layers[-1].dtype).unbind()
+        return reduce(torch.add, (layer * weight for layer, weight in zip(layers, weights)))
 
 
 class TokenConcat(SimpleFusion):
@@ -118,7 +120,7 @@ class DenseChannel(ChannelConcat):
 
     def extra_channels(self, layers: Maps) -> torch.Tensor:
         half = len(layers) // 2
-        return torch.cat([sum(layers[:half]) / half, sum(layers[half:]) / (len(layers) - half)], dim=-1)
+        return torch.cat([reduce(torch.add, part) / len(part) for part in (layers[:half], layers[half:])], dim=-1)
 
 
 _SIMPLE: Dict[str, Type[SimpleFusion]] = {
@@ -131,9 +133,7 @@ _SIMPLE: Dict[str, Type[SimpleFusion]] = {
 }
 
 
-def build_fusion(
-    fusion: str, hidden_size: int, num_layers: int, out_features: int, **of_mmfuser: Any
-) -> Fusion:
+def build_fusion(fusion: str, hidden_size: int, num_layers: int, out_features: int, **of_mmfuser: Any) -> Fusion:
     """A fresh fusion.
 
     Args:

@@ -4,7 +4,7 @@ import contextlib
 import functools
 import logging
 import os
-from typing import Any, Callable, Dict, Optional, Tuple
+from typing import Any, Callable, Dict, Optional, Tuple, Union
 
 import torch
 
@@ -58,7 +58,7 @@ def unavailable(implementation: str, device: torch.device, dtype: torch.dtype) -
     return None
 
 
-def select_implementation(device: torch.device, dtype: torch.dtype = torch.float32) -> str:
+def select_implementation(device: Union[str, torch.device], dtype: torch.dtype = torch.float32) -> str:
     """What runs for a value of this dtype on this device. Where a graph is being made (see `is_recorded`) that is
     ``reference``, whose operations every exporter knows; elsewhere what ``LLAVA_MMFUSER_SAMPLING`` names, else
 
@@ -75,7 +75,7 @@ def select_implementation(device: torch.device, dtype: torch.dtype = torch.float
     return "reference" if is_recorded() else _now(device, dtype)
 
 
-def _now(device: torch.device, dtype: torch.dtype) -> str:
+def _now(device: Union[str, torch.device], dtype: torch.dtype) -> str:
     deterministic = torch.are_deterministic_algorithms_enabled()
     return choose(os.environ.get(VARIABLE, ""), torch.device(device), dtype, deterministic)
 
@@ -134,7 +134,7 @@ def try_triton(device: torch.device, dtype: torch.dtype, deterministic: bool) ->
             for name, place, kind in (("triton", device, dtype), ("reference", "cpu", torch.float32)):
                 *inputs, grad_out = (tensor.to(place, kind, copy=True) for tensor in rounded)
                 inputs = [tensor.requires_grad_() for tensor in inputs]
-                out = deformable_sampling(*inputs, grid, implementation=name)
+                out = deformable_sampling(inputs[0], inputs[1], inputs[2], grid, implementation=name)
                 gradients = torch.autograd.grad(out, inputs, grad_out)
                 results.append([tensor.detach().cpu().double() for tensor in (out, *gradients)])
         problem = None

@@ -50,7 +50,7 @@ class _Sampling(torch.autograd.Function):
     def backward(ctx: Any, grad: torch.Tensor) -> Tuple[Optional[torch.Tensor], ...]:
         inputs, *bags = ctx.saved_tensors  # asked for once: activation checkpointing hands them out once
         with torch.no_grad():
-            gradients = _gradients(ctx.needs_input_grad, grad, *ctx.shapes, bags)
+            gradients = _gradients(ctx.needs_input_grad, grad, ctx.shapes[0], ctx.shapes[1], bags)
         return (*once((inputs, grad), gradients), None, None)
 
 

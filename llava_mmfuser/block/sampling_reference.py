@@ -18,7 +18,7 @@ def deformable_sampling(
     centre = (torch.stack([column, row], -1) + 0.5).view(1, queries, 1, 1, 1, 2)
     location = 2 * (centre + offsets) / size - 1  # [B, N, heads, L, P, 2], -1 … 1 from edge to edge
     maps = value.unflatten(1, (levels, height, width))
-    out = 0
+    out = value.new_zeros(())
     for level in range(levels):
         level_map = maps[:, level].permute(0, 3, 4, 1, 2).flatten(0, 1)  # [B*heads, D, H, W]
         level_location = location[:, :, :, level].transpose(1, 2).flatten(0, 1)  # [B*heads, N, P, 2]

@@ -81,15 +81,13 @@ class _DeformableSampling(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_out):
-        inputs = ctx.saved_tensors
+        value, offsets, logits = ctx.saved_tensors
         with torch.no_grad():
-            gradients = _gradients(ctx.needs_input_grad, grad_out, *inputs, ctx.grid)
-        return (*once((*inputs, grad_out), gradients), None)
+            gradients = _gradients(ctx.needs_input_grad, grad_out, value, offsets, logits, ctx.grid)
+        return (*once((value, offsets, logits, grad_out), gradients), None)
 
 
-def _forward(
-    value: torch.Tensor, offsets: torch.Tensor, logits: torch.Tensor, grid: Tuple[int, int]
-) -> torch.Tensor:
+def _forward(value: torch.Tensor, offsets: torch.Tensor, logits: torch.Tensor, grid: Tuple[int, int]) -> torch.Tensor:
     batch, queries, heads = offsets.shape[:3]
     out = torch.empty((batch, queries, heads * value.shape[3]), dtype=value.dtype, device=value.device)
     programs = batch * heads * triton.cdiv(queries, QUERIES)
@@ -124,21 +122,21 @@ def _gradients(
             offsets,
             logits,
             grad_out,
-            grad_value if atomics else value,  # what is not needed is not written
-            grad_offsets if needs_offsets else offsets,
-            grad_logits if needs_logits else logits,
+            value if grad_value is None else grad_value,  # what is not needed is not written
+            offsets if grad_offsets is None else grad_offsets,
+            logits if grad_logits is None else grad_logits,
         )
         needed = {"NEEDS_VALUE": atomics, "NEEDS_OFFSETS": needs_offsets, "NEEDS_LOGITS": needs_logits}
         programs = batch * heads * triton.cdiv(queries, QUERIES)
         # Twice the tile of the forward in registers: more warps, or they are spilled and few fit.
         warps = max(1, min(8, sizes["BLOCK_S"] * sizes["BLOCK_D"] // 256))
         _launch(_backward_kernel, programs, tensors, **needed, **{**sizes, "num_warps": warps})
-    if needs_value and not atomics:
+    if grad_value is not None and not atomics:
         block_c = max(16, min(64, 4096 // sizes["BLOCK_D"]))
         programs = batch * heads * levels * triton.cdiv(queries, block_c)
         sizes = {**sizes, "BLOCK_C": block_c, "BLOCK_Q": 16, "num_warps": 8}
         _launch(_grad_value_kernel, programs, (offsets, logits, grad_out, grad_value), **sizes)
-    if needs_value:
+    if grad_value is not None:
         grad_value = grad_value.to(value.dtype)
     return grad_value, grad_offsets, grad_logits
 

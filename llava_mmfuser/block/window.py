@@ -1,5 +1,6 @@
 """Sparse attention: every query looks at its own neighbourhood in every level. Cost grows linearly with the tokens."""
 
+from functools import reduce
 from typing import Iterator, Optional, Tuple
 
 import torch
@@ -50,10 +51,8 @@ class WindowAttention(DenseAttention):
         weights = logits - logits.amax((1, -1), keepdim=True)
         weights = weights.exp()
         weights = weights / weights.sum((1, -1), keepdim=True)
-        out = sum(
-            (weight.unsqueeze(-1) * neighbour).sum(1)
-            for weight, neighbour in zip(weights.unbind(-1), self._shifts(maps[2]))
-        )
+        parts = zip(weights.unbind(-1), self._shifts(maps[2]))
+        out = reduce(torch.add, ((weight.unsqueeze(-1) * neighbour).sum(1) for weight, neighbour in parts))
         return self.output_proj(out.flatten(1, 2).flatten(2).to(query.dtype))  # from [B, H, W, heads, D]
 
     def _shifts(self, maps: torch.Tensor) -> Iterator[torch.Tensor]:

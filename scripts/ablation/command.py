@@ -32,7 +32,7 @@ from typing import Dict, List, Optional, Sequence, Tuple
 from housekeeping import locked
 
 from llava_mmfuser.block.kinds import ATTENTION_KINDS, FUSIONS
-from llava_mmfuser.config import LAYER_SETS
+from llava_mmfuser.layers import LAYER_SETS
 
 from . import toy_run
 from .report import write_report

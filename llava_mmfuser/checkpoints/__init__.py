@@ -1,0 +1,1 @@
+"""What lies in checkpoints: reading, checking, converting and writing them."""

@@ -1,0 +1,214 @@
+"""Writing a folder: nothing half-written bears its final name."""
+
+import copy
+import errno
+import json
+import os
+import shutil
+from functools import partial
+from typing import Any, BinaryIO, Callable, Dict, List, NamedTuple, Optional, Tuple
+
+import torch
+
+from .files import load_bin, read_header
+
+_CHUNK = 16 << 20  # bytes
+
+Advance = Callable[[int], Any]
+
+
+class Step(NamedTuple):
+    """One file of the output: its name, the bytes it will take, and what writes it to a path."""
+
+    name: str
+    size: int
+    write: Callable[[str, Advance], None]
+
+
+def unchanged(source: str, name: str, link: bool) -> Step:
+    """The file `source` under a name, copied or, if `link`, hard-linked."""
+    return Step(name, 0 if link else os.path.getsize(source), partial(_link if link else _copy, source))
+
+
+def renamed(source: str, rename: Callable[[str], str], extra: Optional[Dict[str, torch.Tensor]] = None) -> Step:
+    """The weight file `source` with its tensors renamed and, in a ``.bin``, others added."""
+    name = os.path.basename(source)
+    size = os.path.getsize(source) + sum(value.nbytes for value in (extra or {}).values())
+    if name.endswith(".safetensors"):
+        return Step(name, size, partial(_write_renamed, source, rename))
+    return Step(name, size, partial(_write_bin, source, rename, extra or {}))
+
+
+def added(name: str, tensors: Dict[str, torch.Tensor]) -> Step:
+    """A new weight file."""
+    return Step(name, sum(value.nbytes for value in tensors.values()), partial(_write_new, tensors))
+
+
+def text(name: str, content: str) -> Step:
+    """A new text file."""
+    return Step(name, len(content.encode()), partial(_write_text, content))
+
+
+def _write_text(content: str, path: str, advance: Advance) -> None:
+    with open(path, "w", encoding="utf-8") as stream:
+        stream.write(content)
+    advance(len(content.encode()))
+
+
+def _copy(source: str, path: str, advance: Advance) -> None:
+    with open(source, "rb") as old, open(path, "wb") as new:
+        _stream(old, new, advance)
+
+
+def _link(source: str, path: str, advance: Advance) -> None:
+    try:
+        os.link(os.path.realpath(source), path)  # the hub's cache holds symbolic links
+    except OSError as error:
+        if error.errno not in (errno.EXDEV, errno.EPERM, errno.EMLINK, errno.EOPNOTSUPP, errno.ENOSYS):
+            raise
+        _copy(source, path, advance)
+
+
+def _write_renamed(source: str, rename: Callable[[str], str], path: str, advance: Advance) -> None:
+    """Copy a safetensors file under a header with new names."""
+    header, start = read_header(source)
+    text = json.dumps(
+        {rename(name): entry for name, entry in header.items()}, ensure_ascii=False, separators=(",", ":")
+    )
+    encoded = text.encode()
+    encoded += b" " * (-len(encoded) % 8)  # safetensors keeps its data aligned
+    with open(source, "rb") as old, open(path, "wb") as new:
+        new.write(len(encoded).to_bytes(8, "little") + encoded)
+        old.seek(start)
+        _stream(old, new, advance)
+
+
+def _write_bin(
+    source: str, rename: Callable[[str], str], extra: Dict[str, torch.Tensor], path: str, advance: Advance
+) -> None:
+    old = load_bin(source)
+    new = copy.copy(old)  # keeps the attribute _metadata of a module's state dict
+    new.clear()
+    new.update({rename(name): value for name, value in old.items()})
+    new.update(extra)
+    with open(path, "wb") as stream:
+        torch.save(new, stream)
+    advance(os.path.getsize(path))
+
+
+def _write_new(tensors: Dict[str, torch.Tensor], path: str, advance: Advance) -> None:
+    with open(path, "wb") as stream:
+        if path.endswith(".safetensors"):
+            from safetensors.torch import save
+
+            stream.write(save(tensors, metadata={"format": "pt"}))
+        else:
+            torch.save(tensors, stream)
+    advance(sum(value.nbytes for value in tensors.values()))
+
+
+def _stream(old: BinaryIO, new: BinaryIO, advance: Advance) -> None:
+    """Copy from the positions of both files to the end of `old`, inside the kernel where it can, which shares blocks on
+    file systems with reflinks."""
+    new.flush()
+    left = os.fstat(old.fileno()).st_size - old.tell()
+    os.lseek(old.fileno(), old.tell(), os.SEEK_SET)  # `old` may have read ahead
+    in_kernel = hasattr(os, "copy_file_range")
+    while left:
+        count = 0
+        if in_kernel:
+            try:
+                count = os.copy_file_range(old.fileno(), new.fileno(), min(left, _CHUNK))
+            except OSError as error:
+                if error.errno not in (errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EPERM):
+                    raise
+            in_kernel = count > 0
+        if not in_kernel:
+            count = _write_all(new.fileno(), os.read(old.fileno(), min(left, _CHUNK)))
+        if not count:
+            raise OSError(errno.EIO, "the file ended early", old.name)
+        left -= count
+        advance(count)
+
+
+def _write_all(descriptor: int, data: bytes) -> int:
+    view = memoryview(data)
+    while view:
+        view = view[os.write(descriptor, view) :]
+    return len(data)
+
+
+def write_folder(source: str, out: str, steps: List[Step], command: str) -> None:
+    """Carry out `steps` in ``OUT.incomplete``, which then becomes `out`; what fails or is interrupted leaves nothing.
+
+    Args:
+        source: the folder that the steps read; it must not change meanwhile.
+        out: the folder to make.
+        steps: what to write, in this order.
+        command: what the progress bar is called.
+
+    Raises:
+        ValueError: an ``OUT.incomplete`` that is there already, a disk that is too small, or a changed input.
+        OSError: writing failed.
+    """
+    from tqdm import tqdm
+
+    out = os.path.abspath(out)
+    parent, work, before = os.path.dirname(out), out + ".incomplete", _snapshot(source)
+    needed, free = sum(step.size for step in steps), shutil.disk_usage(parent).free
+    if needed > free:
+        raise ValueError(
+            f"{out} needs {needed} bytes ({needed / 1e9:.1f} GB), but only {free} bytes ({free / 1e9:.1f} GB) are free "
+            f"in {parent}; free some, choose another place, or share unchanged weight files with the input by --link"
+        )
+    try:
+        os.mkdir(work)
+    except FileExistsError as error:
+        raise ValueError(
+            f"{work} exists: a run that was killed left it, or another is writing to it; delete it if none is, or "
+            f"choose another name than {out}"
+        ) from error
+    try:
+        with tqdm(total=needed, unit="B", unit_scale=True, disable=None, desc=command) as bar:
+            for step in steps:
+                _carry_out(step, os.path.join(work, step.name), bar.update)
+        if _snapshot(source) != before:
+            raise ValueError(f"{source} was changed in the meantime; run the same command again")
+        if os.path.lexists(out):
+            raise ValueError(f"{out} has appeared in the meantime; choose another name")
+        _flush(work)
+        os.rename(work, out)
+        _flush(parent)
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+
+
+def _carry_out(step: Step, path: str, advance: Advance) -> None:
+    try:
+        step.write(path, advance)
+        _flush(path)
+    except (OSError, RuntimeError) as error:
+        cause: Optional[BaseException] = error
+        while isinstance(cause, RuntimeError):  # torch.save hides the reason
+            cause = cause.__context__
+        if not isinstance(cause, OSError):
+            raise
+        text = f"{cause.strerror or cause} while writing {path}; nothing is left of it: run the same command again"
+        raise OSError(cause.errno, f"{text} once the cause is gone (disk full: free some space)") from error
+
+
+def _snapshot(folder: str) -> Dict[str, Tuple[int, int]]:
+    """Name to size in bytes and time of last change in ns of the files in a folder."""
+    with os.scandir(folder) as entries:
+        return {entry.name: (entry.stat().st_size, entry.stat().st_mtime_ns) for entry in entries if entry.is_file()}
+
+
+def _flush(path: str) -> None:
+    """Make a file or, where the system can, a folder durable."""
+    if os.name != "posix":
+        return
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,1 @@
+"""Bodies of the rows of `llava_patch`: each takes `original`, the function in whose place it stands, first."""

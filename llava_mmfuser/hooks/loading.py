@@ -1,0 +1,123 @@
+"""Checkpoints that LLaVA and transformers load."""
+
+import contextlib
+import inspect
+import logging
+import os
+from typing import Any, Dict, Optional
+
+from ..block.leaves import Resettable, materialize
+from ..checkpoints.adapter import match_adapter, read_adapter
+from ..checkpoints.files import projector_weights, read_config, read_weights
+from ..checkpoints.fit import check_weights, misfit, projector_shapes
+from ..checkpoints.folder import FULL, MIXED, folder_kind, name_problem
+from ..config import PROJECTOR_TYPE, MMFuserConfig
+from ..names import has_fuser, is_authors_config, missing_fuser_keys
+from ..projector import MMFuserProjector
+from .model import report
+from .resuming import ADAPTER
+from .tower import refuse_layer_list
+
+logger = logging.getLogger("llava_mmfuser")
+
+
+def initialize_weights(original, self, module, *args, **kwargs):
+    """Parameters that a checkpoint lacked, and models made without one: the fuser's modules know their own values."""
+    if isinstance(module, Resettable) and not getattr(module, "_is_hf_initialized", False):
+        module.reset_parameters()
+        module._is_hf_initialized = True  # type: ignore[assignment]  # PyTorch types attributes as tensors and modules
+    else:
+        original(self, module, *args, **kwargs)
+
+
+def load_pretrained_weights(original, *args, **kwargs):
+    given = inspect.signature(original).bind(*args, **kwargs).arguments
+    _check_weights(given)
+    loaded = original(*args, **kwargs)
+    for projector in given["model"].modules():
+        if isinstance(projector, MMFuserProjector):
+            # With low_cpu_mem_usage=True and no device_map, transformers 4.37 takes missing tensors of equal size for
+            # tied ones and leaves them on the meta device.
+            materialize(projector)
+            settings = MMFuserConfig.from_llava(given["model"].config)
+            projector.missing = missing_fuser_keys(given["loaded_keys"], projector)
+            report(projector, settings, given["pretrained_model_name_or_path"], projector.missing)
+    return loaded
+
+
+def _check_weights(given: Dict[str, Any]) -> None:
+    """Ask of what `_load_pretrained_model` is about to read whether it fits, if the model or the weights have a fuser.
+    Other models than LLaVA's may leave a projector out, as they do without a fuser."""
+    model, path, files = given["model"], given["pretrained_model_name_or_path"], given["resolved_archive_file"]
+    config = vars(model.config)
+    if not hasattr(model, "get_vision_tower"):
+        return
+    if config.get("mm_projector_type") != PROJECTOR_TYPE and not has_fuser(given["loaded_keys"]):
+        return
+    try:
+        if config.get("mm_vision_tower") is None and has_fuser(given["loaded_keys"]):
+            raise ValueError("config.json has no mm_vision_tower, but the weights hold a fuser; write it there")
+        projector = next((module for module in model.modules() if isinstance(module, MMFuserProjector)), None)
+        shapes = None if projector is None else projector.shapes()
+        files = [files] if isinstance(files, str) else files or []
+        check_weights(config, shapes, given["loaded_keys"], files, given["state_dict"])
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}; `python -m llava_mmfuser inspect` shows what is there") from error
+
+
+def load_pretrained_model(original, model_path, model_base, model_name, *args, **kwargs):
+    _check_checkpoint(model_path, model_base, model_name)
+    return original(model_path, model_base, model_name, *args, **kwargs)
+
+
+def _check_checkpoint(model_path: str, model_base: Optional[str], model_name: str) -> None:
+    """Refuse what `load_pretrained_model` would load silently wrong: the authors' format, adapters that do not fit,
+    and a fuser in a folder of which it would not read it, going by the arguments and the name."""
+    from transformers.utils import cached_file
+
+    def find(name: str) -> Optional[str]:
+        with contextlib.suppress(OSError):  # upstream's own loading says what it misses
+            return cached_file(model_path, name)
+        return None
+
+    file = find("config.json")
+    config = read_config(os.path.dirname(file)) if file else None
+    if config is None:
+        return
+    if is_authors_config(config):
+        refuse_layer_list({**config, "_name_or_path": model_path})
+    is_lora, fused = "lora" in model_name.lower(), config.get("mm_projector_type") == PROJECTOR_TYPE
+    if fused:
+        _check_place(model_path, model_base, model_name, config)
+    if model_base is None or "llava" not in model_name.lower():
+        return
+    adapter = find("non_lora_trainables.bin" if is_lora else "mm_projector.bin")
+    if adapter is None:
+        return
+    if fused:
+        settings = MMFuserConfig.from_llava(config)
+        match_adapter(adapter, read_adapter(adapter, is_lora), settings, projector_shapes(config, settings))
+        return
+    weights = {}
+    with contextlib.suppress(ValueError):  # what cannot be read with weights_only is left to LLaVA
+        weights = projector_weights(read_weights(*os.path.split(adapter)))
+    if any(name.startswith("fuser.") for name in weights):
+        raise ValueError(f"{adapter}: {misfit(config, weights)}")
+
+
+def _check_place(path: str, base: Optional[str], name: str, config: Dict[str, Any]) -> None:
+    """Of a checkpoint with fuser: that LLaVA will read it as what it is."""
+    kind = folder_kind(path) if os.path.isdir(path) else None
+    if kind is not None and kind != FULL and base is None:
+        raise ValueError(
+            f"{path} is {kind}, without model_base its fuser is not read; pass model_base, the model it was trained on"
+            + ("" if kind != MIXED else ", or move adapter_config.json away to load the full checkpoint beside it")
+        )
+    if kind == FULL and base is not None and not os.path.isfile(os.path.join(path, ADAPTER)):
+        raise ValueError(f"{path} is {kind}, but model_base={base!r} was given; pass model_base=None")
+    problem = name_problem(name, kind or FULL, config)
+    if problem is None:
+        return
+    if base is not None or "mpt" in name.lower():
+        raise ValueError(f"{path}: {problem}, else its fuser is not read")
+    logger.warning("%s: %s, else LLaVA loads no vision tower and returns no image_processor", path, problem)

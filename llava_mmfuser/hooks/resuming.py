@@ -1,0 +1,156 @@
+"""Checkpoints in the middle of a run that can be resumed, also in stage 1 and with LoRA."""
+
+import contextlib
+import os
+import re
+import sys
+from typing import Any, Iterator, Optional, Tuple
+
+import torch
+from torch import nn
+
+from ..checkpoints.files import read_config, read_tensors, save_tensors
+from ..config import FLAG_PREFIX, PROJECTOR_TYPE, MMFuserConfig, read_setting
+from ..layers import spell
+from ..names import differences
+from .wrappers import find_projector, gathered
+
+
+def _trainables(model: nn.Module) -> Iterator[Tuple[str, nn.Parameter]]:
+    """What is trained besides LoRA, as upstream's ``non_lora_trainables.bin``."""
+    for name, value in model.named_parameters():
+        if value.requires_grad and "lora_" not in name:
+            yield re.sub(r"\.modules_to_save\.[^.]+", "", name), value
+
+
+def save_trainables(model: nn.Module, path: str, write: bool) -> None:
+    """Save what is trained besides LoRA; under ZeRO-3 every rank must call it.
+
+    Args:
+        model: as the Trainer holds it.
+        path: the file, replaced in one step.
+        write: whether this rank writes.
+    """
+    state = {}
+    for name, parameter in _trainables(model):
+        with gathered([parameter]):
+            if write:
+                state[name] = parameter.detach().cpu().clone()
+    if write:
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        save_tensors(state, path)
+
+
+def load_trainables(model: nn.Module, path: str) -> None:
+    """Load what `save_trainables` saved.
+
+    Raises:
+        ValueError: no such file, an unreadable one, or one that does not hold exactly what is trained now.
+    """
+    state, wanted = read_tensors(path), dict(_trainables(model))
+    shapes, expected = ({name: tuple(value.shape) for name, value in kind.items()} for kind in (state, wanted))
+    problems = differences(shapes, expected)
+    if problems:
+        raise ValueError(
+            f"{path} does not belong to this run: {problems}; resume with the flags of the interrupted run, "
+            f"or choose another output_dir"
+        )
+    with torch.no_grad():
+        for name, parameter in wanted.items():
+            parameter.copy_(state[name])
+
+
+# Checkpoints in the middle of a run. Upstream's cannot be resumed in stage 1 (only the projector is saved, no state of
+# the optimizer), and with LoRA they lack all that is trained besides LoRA, here the MLP and the fuser.
+ADAPTER, NON_LORA = "mm_projector.bin", "non_lora_trainables.bin"
+
+
+def _trainables_file(model: nn.Module) -> Optional[str]:
+    """The file in a checkpoint for what is trained besides LoRA; None for a full finetune or without a fuser."""
+    if find_projector(model) is None:
+        return None
+    if getattr(model.config, "tune_mm_mlp_adapter", False):
+        return ADAPTER
+    peft = sys.modules.get("peft")
+    return NON_LORA if peft and isinstance(model, peft.PeftModel) else None
+
+
+def _check_same_settings(model: nn.Module, checkpoint: str) -> None:
+    """Refuse to resume a checkpoint whose fuser has other layers or settings, which its shapes may not show."""
+    config = read_config(checkpoint) or {}
+    if find_projector(model) is not None and config.get("mm_projector_type") == PROJECTOR_TYPE:
+        before, now = MMFuserConfig.from_llava(config), MMFuserConfig.from_llava(model.config)
+        name = now.difference(before)
+        if name is None:
+            name = "lr"  # the optimizer's state would bring the old one back
+            was, is_now = (read_setting(source, FLAG_PREFIX + name) for source in (config, model.config))
+        else:
+            was, is_now = getattr(before, name), getattr(now, name)
+        if was != is_now:
+            raise ValueError(
+                f"{checkpoint} was trained with {FLAG_PREFIX}{name}={spell(was)}, but this run has {spell(is_now)}; "
+                f"resume with the flags of the interrupted run, or choose another output_dir"
+            )
+
+
+def save_checkpoint(original, self, model, trial, metrics=None):
+    if _trainables_file(self.model) != ADAPTER:
+        return original(self, model, trial, metrics=metrics)
+    from transformers import Trainer
+
+    engine = self.model_wrapped
+    trained_only = _replaced(engine, "save_checkpoint", exclude_frozen_parameters=True)
+    with trained_only if self.is_deepspeed_enabled else contextlib.nullcontext():
+        return Trainer._save_checkpoint(self, model, trial, metrics=metrics)
+
+
+def save_model(original, self, output_dir=None, _internal_call=False):
+    file = _trainables_file(self.model) if _internal_call else None
+    if file != ADAPTER:
+        original(self, output_dir, _internal_call=_internal_call)
+    if file is not None:
+        output_dir = output_dir or self.args.output_dir
+        save_trainables(self.model, os.path.join(output_dir, file), self.args.should_save)
+        if self.args.should_save:
+            self.model.config.save_pretrained(output_dir)
+
+
+def load_from_checkpoint(original, self, resume_from_checkpoint, model=None):
+    file = _trainables_file(self.model)
+    _check_same_settings(self.model, resume_from_checkpoint)
+    if file == ADAPTER and not os.path.isfile(os.path.join(resume_from_checkpoint, "trainer_state.json")):
+        raise ValueError(
+            f"{resume_from_checkpoint} holds an adapter only and cannot be resumed; move it out of output_dir, and to "
+            f"start from it, pass --pretrain_mm_mlp_adapter {os.path.join(resume_from_checkpoint, file)}"
+        )
+    if file != ADAPTER:
+        original(self, resume_from_checkpoint, model)
+    if file is not None:
+        load_trainables(self.model, os.path.join(resume_from_checkpoint, file))
+
+
+def load_best_model(original, self):
+    file = _trainables_file(self.model)
+    if file != ADAPTER or self.is_deepspeed_enabled:
+        original(self)
+    if file is not None and not self.is_deepspeed_enabled:  # its own checkpoints have all that is trained
+        load_trainables(self.model, os.path.join(self.state.best_model_checkpoint, file))
+
+
+def deepspeed_load_checkpoint(original, deepspeed_engine, checkpoint_path, *args, **kwargs):
+    _check_same_settings(deepspeed_engine.module, checkpoint_path)
+    if _trainables_file(deepspeed_engine.module) is None:
+        return original(deepspeed_engine, checkpoint_path, *args, **kwargs)
+    with _replaced(deepspeed_engine, "load_checkpoint", load_module_strict=False):  # frozen weights are not in it
+        return original(deepspeed_engine, checkpoint_path, *args, **kwargs)
+
+
+@contextlib.contextmanager
+def _replaced(instance: Any, method: str, **arguments: Any) -> Iterator[None]:
+    """Within this context the method has these arguments set, whatever it is called with."""
+    original = getattr(instance, method)
+    setattr(instance, method, lambda *args, **kwargs: original(*args, **{**kwargs, **arguments}))
+    try:
+        yield
+    finally:
+        delattr(instance, method)

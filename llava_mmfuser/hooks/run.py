@@ -1,0 +1,184 @@
+"""What a run of train.py comes to, resolved once from its flags, its vision tower and the checkpoint it starts from."""
+
+import contextlib
+import dataclasses
+import os
+from typing import Any, Dict, Mapping, NamedTuple, Optional
+
+import torch
+
+from ..block.kinds import FUSIONS
+from ..checkpoints.adapter import match_adapter, read_adapter
+from ..checkpoints.files import read_config
+from ..checkpoints.folder import FULL, folder_kind
+from ..config import FLAG_PREFIX, PROJECTOR_TYPE, MMFuserConfig, explicit_settings
+from ..layers import spell
+from ..names import Shapes, expected_shapes
+from ..towers import check_features, tower_config
+from .optimizer import UNTRAINED
+
+RUN, SEED = "mm_fuser_run", "mm_fuser_seed"  # on `ModelArguments`, no flags: the `Run`, and the run's seed
+
+
+class Run(NamedTuple):
+    """Read by every hook between the command line and the first step."""
+
+    settings: MMFuserConfig  # with explicit layers
+    tower: Any  # config of the vision tower
+    start: Mapping[str, Any]  # config.json of the checkpoint that the run starts from; empty where it is not here yet
+    adapter: Optional[Dict[str, torch.Tensor]]  # under our names
+    shapes: Optional[Shapes]  # that the adapter was compared with; None where they are not known yet
+
+
+def resolve_run(model_args: Any, start: Mapping[str, Any]) -> Run:
+    """What the flags come to; no weight but an adapter's is read.
+
+    Args:
+        model_args: `ModelArguments` with ``mm_projector_type=mmfuser`` and a vision tower, there or in `start`.
+        start: config.json of the checkpoint that the run starts from.
+
+    Raises:
+        ValueError: settings that the tower does not have, that are not those of the checkpoint, or that mean nothing;
+            an adapter that cannot be read or does not fit.
+    """
+    check_features(model_args)
+    tower = tower_config(start.get("mm_vision_tower") or model_args.vision_tower)
+    given = explicit_settings(model_args)
+    if start.get("mm_projector_type") == PROJECTOR_TYPE:
+        settings = _kept_settings(start, tower, given)
+    else:
+        settings = MMFuserConfig.from_llava(model_args).resolve(tower)
+        if start.get("mm_vision_tower") is not None:
+            settings = _existing_projector_settings(start, given, settings)
+    settings.refuse_useless(given, model_args)
+    path, adapter, shapes = getattr(model_args, "pretrain_mm_mlp_adapter", None), None, None
+    if path is not None:
+        if isinstance(start.get("hidden_size"), int):
+            shapes = expected_shapes(settings, tower.hidden_size, start["hidden_size"])
+        try:
+            adapter = match_adapter(path, read_adapter(path), settings, shapes, tower)
+        except ValueError as error:
+            raise ValueError(f"pretrain_mm_mlp_adapter={error}") from error
+    return Run(settings, tower, start, adapter, shapes)
+
+
+def check_start(model_args: Any) -> None:
+    """What can be known of a run before any weight but an adapter's is read; for a fuser kept on `model_args`.
+
+    Raises:
+        ValueError: see `resolve_run`; or a checkpoint with fuser that train.py would not read as what it is.
+    """
+    path = getattr(model_args, "model_name_or_path", None)
+    start = {} if path is None else _config_at(path)
+    wanted = model_args.mm_projector_type == PROJECTOR_TYPE
+    if path is not None and start.get("mm_projector_type") == PROJECTOR_TYPE:
+        if os.path.isdir(path) and folder_kind(path) != FULL:
+            raise ValueError(
+                f"model_name_or_path={path} is {folder_kind(path)}, and train.py reads no fuser from it; "
+                f"LoRA has to be merged first, and an adapter goes to --pretrain_mm_mlp_adapter"
+            )
+        if model_args.vision_tower is None:
+            raise ValueError(
+                f"model_name_or_path={path} has a fuser, but without --vision_tower train.py leaves it and the MLP "
+                f"out; add --vision_tower {start.get('mm_vision_tower')}"
+            )
+        if not wanted:
+            raise ValueError(other_type(model_args))
+    if wanted and model_args.vision_tower is not None:
+        setattr(model_args, RUN, resolve_run(model_args, start))
+
+
+def parse_args_into_dataclasses(original, self, *args, **kwargs):
+    parsed = original(self, *args, **kwargs)
+    model_args = next((part for part in parsed if hasattr(part, "mm_projector_type")), None)
+    training_args = next((part for part in parsed if hasattr(part, "output_dir")), None)
+    if model_args is not None and training_args is not None:
+        run = getattr(model_args, RUN, None)
+        if run is not None:
+            _check_trained(run, training_args)
+        if model_args.vision_tower is not None:
+            _check_output_dir(model_args, training_args, run)
+        if model_args.mm_projector_type == PROJECTOR_TYPE:
+            setattr(model_args, SEED, training_args.seed)
+    return parsed
+
+
+def _check_trained(run: Run, training_args: Any) -> None:
+    """Refuse to freeze a fuser that no weights come for, unless it cannot be known yet."""
+    known = bool(run.start) and run.start.get("mm_projector_type") != PROJECTOR_TYPE
+    brought = any(name.startswith("fuser.") for name in run.adapter or ())
+    fresh = known and not brought and FUSIONS[run.settings.fusion].has_weights
+    if fresh and getattr(training_args, "freeze_mm_mlp_adapter", False):
+        raise ValueError(f"freeze_mm_mlp_adapter=True, but {UNTRAINED}")
+
+
+def _config_at(path: str) -> Dict[str, Any]:
+    """config.json of a folder or of a name on the hub that is in the cache; empty where there is none."""
+    from transformers.utils import cached_file
+
+    with contextlib.suppress(OSError):
+        return read_config(os.path.dirname(cached_file(path, "config.json", local_files_only=True))) or {}
+    return {}
+
+
+def _check_output_dir(model_args: Any, training_args: Any, run: Optional[Run]) -> None:
+    """Refuse a checkpoint in output_dir that this run, None without a fuser, cannot resume."""
+    from transformers.trainer_utils import get_last_checkpoint
+
+    folder = training_args.output_dir
+    last = get_last_checkpoint(folder) if os.path.isdir(folder) else None
+    config = read_config(last) if last else None
+    lora = last is not None and os.path.isfile(os.path.join(last, "adapter_config.json"))
+    fused = config is not None and config.get("mm_projector_type") == PROJECTOR_TYPE
+    if (config is None and not lora) or (run is None and not fused):
+        return
+    config = config or {"mm_projector_type": "one without a fuser"}  # plain LLaVA's checkpoints with LoRA have none
+    # A script of one's own may call PEFT without LLaVA's flag.
+    was = dict(mm_projector_type=config.get("mm_projector_type"), lora_enable=lora)
+    now = dict(mm_projector_type=model_args.mm_projector_type, lora_enable=training_args.lora_enable or lora)
+    was["tune_mm_mlp_adapter"] = bool(config.get("tune_mm_mlp_adapter"))
+    now["tune_mm_mlp_adapter"] = model_args.tune_mm_mlp_adapter
+    if fused and run is not None:
+        before = MMFuserConfig.from_llava(config).resolve(run.tower)
+        name = run.settings.difference(before)
+        if name is not None:
+            was[FLAG_PREFIX + name], now[FLAG_PREFIX + name] = getattr(before, name), getattr(run.settings, name)
+    setting = next((name for name in was if was[name] != now[name]), None)
+    if setting is not None:
+        raise ValueError(
+            f"output_dir={folder}: {last}, from which train.py resumes by itself, was trained with "
+            f"{setting}={spell(was[setting])}, but this run has {spell(now[setting])}; choose another output_dir, move "
+            f"its checkpoint-* away, or resume with the flags of the interrupted run"
+        )
+
+
+def other_type(model_args: Any) -> str:
+    return (
+        f"mm_projector_type={model_args.mm_projector_type!r}, but the checkpoint has a fuser "
+        f"(mm_projector_type={PROJECTOR_TYPE!r} in its config.json); write --mm_projector_type {PROJECTOR_TYPE}"
+    )
+
+
+def _kept_settings(start: Mapping[str, Any], tower: Any, given: Dict[str, Any]) -> MMFuserConfig:
+    """The checkpoint's own settings; the flags may repeat them, not change them."""
+    kept = MMFuserConfig.from_llava(start).resolve(tower)
+    if "layers" in given:
+        given = {**given, "layers": given["layers"].resolve(tower.num_hidden_layers)}
+    for name, value in given.items():
+        if value != getattr(kept, name):
+            raise ValueError(
+                f"mm_fuser_{name}={spell(value)}, but the checkpoint was trained with {spell(getattr(kept, name))}; "
+                f"drop the flag, or start from a checkpoint without a fuser"
+            )
+    return kept
+
+
+def _existing_projector_settings(
+    start: Mapping[str, Any], given: Dict[str, Any], settings: MMFuserConfig
+) -> MMFuserConfig:
+    existing = start.get("mm_projector_type") or "linear"
+    if given.get("projector", existing) != existing:
+        raise ValueError(
+            f"mm_fuser_projector={given['projector']!r}, but the checkpoint's projector is {existing!r}; drop the flag"
+        )
+    return dataclasses.replace(settings, projector=existing)

@@ -1,0 +1,207 @@
+"""Which `hidden_states` of a vision tower are fused: every spelling, the named sets, one tower's indices."""
+
+import contextlib
+import re
+from typing import Any, Iterable, List, Optional, Tuple, Union
+
+from .block.kinds import MAX_LAYERS
+
+NUM_UNIFORM_LAYERS = 5
+LAYER_SETS = ("uniform", "shallow", "middle", "deep", "all")
+SPELLINGS = '-2, 3,8,13,18,23, =-22,-17,-12,-7,-2, "3 8 13 18 23", [3,8,13,18,23] or list-22/-17/-12/-7/-2'
+
+
+class Layers(tuple):
+    """Indices of `hidden_states`, shallow first, the query last, negative ones from the end; or a set below a query.
+
+    Index 0 is the embedding output, i the output of block i.
+
+    Attributes:
+        name: None, or one of `LAYER_SETS`, of which only the query is in the tuple; ``uniform`` where only a query was
+            given.
+        setting: where they were given, for error messages.
+    """
+
+    name: Optional[str]
+    setting: str
+
+    def __new__(cls, indices: Iterable[int], name: Optional[str] = None, setting: str = "mm_fuser_layers") -> "Layers":
+        layers = super().__new__(cls, indices)
+        layers.name, layers.setting = name, setting
+        return layers
+
+    @classmethod
+    def parse(cls, value: Any, setting: str = "mm_vision_select_layer") -> "Layers":
+        """Read one index, the query, or a list of all, in every spelling that people use.
+
+        Args:
+            value: an int; a list or tuple of ints; or a string such as ``-2``, ``3,8,13,18,23``,
+                ``=-22,-17,-12,-7,-2``, ``"3 8 13 18 23"``, ``[3,8,13,18,23]`` or the authors'
+                ``list-22/-17/-12/-7/-2``.
+            setting: where it was given.
+
+        Raises:
+            ValueError: the value cannot be read as layers, or names fewer than two of them in a list.
+        """
+        if isinstance(value, cls):
+            return value
+        if isinstance(value, int) and not isinstance(value, bool):
+            return cls((value,), "uniform", setting)
+        if isinstance(value, str):
+            text = value.strip().lstrip("=").strip()
+            is_list = text.startswith(("list", "["))
+            text = text[len("list") :] if text.startswith("list") else text.strip("[]()")
+            items = [item for item in re.split(r"[,/\s]+", text.strip()) if item]
+            if not items or not all(re.fullmatch(r"[+-]?\d{1,9}", item) for item in items):
+                raise ValueError(f"{setting}={value!r} is not a list of layers; write it as {SPELLINGS}")
+            layers = cls(map(int, items), setting=setting)
+            if len(layers) == 1 and not is_list:
+                return cls(layers, "uniform", setting)
+        elif isinstance(value, (list, tuple)) and all(isinstance(i, int) and not isinstance(i, bool) for i in value):
+            layers = cls(value, setting=setting)
+        else:
+            raise ValueError(f"{setting}={value!r} is not a list of layers; write it as {SPELLINGS}")
+        if len(layers) < 2:
+            raise ValueError(
+                f"{setting}={layers} names {len(layers)} layer(s), but a fuser needs at least 2, the query last; "
+                f"give the query alone as an int (-2) for the uniform default, or all layers, such as 3,8,13,18,23"
+            )
+        return layers
+
+    @classmethod
+    def parse_listed(cls, value: Any, query: Any = None, setting: str = "mm_fuser_layers") -> "Layers":
+        """As `parse`, for ``mm_fuser_layers``: all layers, or one of `LAYER_SETS` below the query.
+
+        Args:
+            value: a list in any spelling, or the name of a set.
+            query: ``mm_vision_select_layer``; None means LLaVA-1.5's -2.
+            setting: where it was given.
+        """
+        name = value.strip().lower() if isinstance(value, str) else None
+        if name in LAYER_SETS:
+            query = cls.parse(-2 if query is None else query)
+            if query.name is None:
+                raise ValueError(
+                    f"{setting}={value} and mm_vision_select_layer={query} both name layers; "
+                    f"give the query alone in mm_vision_select_layer, such as {query[-1]}"
+                )
+            return cls(query, name, setting)
+        if name and name.isalpha():
+            raise ValueError(
+                f"{setting}={value!r} is not a set of layers; use {' or '.join(LAYER_SETS)}, or a list: {SPELLINGS}"
+            )
+        layers = cls.parse(value, setting)
+        return layers if layers.name is None else cls.parse(tuple(layers), setting)
+
+    def __eq__(self, other: object) -> bool:
+        return tuple.__eq__(self, other) and self.name == getattr(other, "name", None)
+
+    def __ne__(self, other: object) -> bool:
+        return not self == other
+
+    __hash__ = tuple.__hash__
+
+    def __str__(self) -> str:
+        return self.name if self.name not in (None, "uniform") else ",".join(map(str, self))
+
+    @property
+    def select_layer(self) -> Union[int, Tuple[int, ...]]:
+        """As LLaVA's ``mm_vision_select_layer``: the query alone, or all."""
+        return self[-1] if self.name else tuple(self)
+
+    @property
+    def num_layers(self) -> int:
+        """How many there are; of ``all`` below a query that counts from the end only the tower could tell."""
+        if self.name == "all" and self[-1] < 0:
+            raise ValueError(
+                f"mm_fuser_layers={self} below mm_vision_select_layer={self[-1]} has to be resolved for a vision "
+                f"tower first; write the layers as a list, or the query as an index from 0"
+            )
+        return self[-1] + 1 if self.name == "all" else NUM_UNIFORM_LAYERS if self.name else len(self)
+
+    def resolve(self, num_hidden_layers: int) -> "Layers":
+        """All layers as non-negative, ascending indices of one tower.
+
+        A query alone gets the uniform set below it: ViT-L's 23 gives 3, 8, 13, 18, 23 (paper, section 4.1).
+
+        Args:
+            num_hidden_layers: number of blocks of the tower; valid indices are -(n+1) … n.
+
+        Raises:
+            ValueError: an index out of range, duplicates, an order that is not shallow to deep, or a query so shallow
+                that the set does not fit below it.
+        """
+        size = num_hidden_layers + 1
+        for index in self:
+            if not -size <= index < size:
+                raise ValueError(
+                    f"{self.setting}={self}: layer {index} does not exist; this vision tower has {num_hidden_layers} "
+                    f"blocks, so hidden_states indices go from 0 to {num_hidden_layers} or from {-size} to -1"
+                )
+        resolved = [index % size for index in self]
+        if self.name is None:
+            self.check_order(resolved)
+        else:
+            query = resolved[0]
+            resolved = self._of_set(query)
+            if resolved[0] < 0 or len(resolved) < 2 or resolved != sorted(set(resolved)):
+                raise ValueError(
+                    f"{self.setting}={self}: there is no {self.name} set of layers below hidden_states[{query}]; "
+                    f"name the layers yourself, for example {self.setting}=0,{max(query, 1)}"
+                )
+        return Layers(resolved, setting=self.setting)
+
+    def _of_set(self, query: int) -> List[int]:
+        """The set below a non-negative query, which is last; out of range or order if the query is too shallow.
+
+        With n = `NUM_UNIFORM_LAYERS` - 1 maps below query q (the paper compares such sets, but does not publish all
+        indices): ``uniform`` has stride round(q / 5), ``shallow`` is 1 … n, ``deep`` q-n … q-1, ``middle`` the n in
+        the middle of 1 … q-1, and ``all`` 0 … q.
+        """
+        below = NUM_UNIFORM_LAYERS - 1
+        stride = round(query / NUM_UNIFORM_LAYERS)
+        first, step, count = {
+            "uniform": (query - below * stride, stride, below),
+            "shallow": (1, 1, below),
+            "middle": ((query + 1 - below) // 2 if query > below else -1, 1, below),
+            "deep": (query - below, 1, below),
+            "all": (0, 1, query),
+        }[str(self.name)]
+        if count >= MAX_LAYERS:
+            raise ValueError(f"mm_fuser_layers={self} below hidden_states[{query}] are more than {MAX_LAYERS} layers")
+        return [*(first + step * i for i in range(count)), query]
+
+    def check_order(self, resolved: Optional[Iterable[int]] = None) -> None:
+        """Refuse listed layers unless they ascend; without a tower, as far as that can be known.
+
+        Args:
+            resolved: the same as non-negative indices of one tower; None where the tower's depth is unknown, so that
+                negative layers can be compared only with each other, and so can the others.
+        """
+        kinds = [(layer < 0 if resolved is None else None) for layer in self]
+        places = tuple(self if resolved is None else resolved)
+        indices = "" if places == tuple(self) else f" (as indices: {spell(places)})"
+        for kind in dict.fromkeys(kinds):
+            of_kind = [(place, layer) for place, layer, own in zip(places, self, kinds) if own == kind]
+            if len({place for place, _ in of_kind}) != len(of_kind):
+                raise ValueError(f"{self.setting}={self} names a layer twice{indices}; every layer may appear once")
+            if of_kind != sorted(of_kind):
+                ordered = iter(sorted(of_kind))
+                advice = [next(ordered)[1] if own == kind else layer for layer, own in zip(self, kinds)]
+                raise ValueError(
+                    f"{self.setting}={self} is not in order{indices}; write shallow to deep, the query layer last: "
+                    f"{spell(advice)}"
+                )
+
+
+def is_listed(value: Any) -> bool:
+    """Whether a select layer, in any spelling that `Layers.parse` reads, is a list."""
+    with contextlib.suppress(ValueError):
+        return Layers.parse(value).name is None
+    return isinstance(value, (list, tuple)) or (isinstance(value, str) and value.strip().startswith(("list", "[")))
+
+
+def spell(value: Any) -> str:
+    """A setting as one would write it on the command line: 3,8,13,18,23."""
+    listed = isinstance(value, (list, tuple)) and not isinstance(value, Layers)
+    return ",".join(map(str, value)) if listed else str(value)

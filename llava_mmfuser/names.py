@@ -1,0 +1,191 @@
+"""What weights are called, LLaVA's, ours and the authors', and what kind of file has which. Opens no file."""
+
+import enum
+import re
+from typing import Any, Dict, Iterable, List, Mapping, Optional, Tuple
+
+import torch
+
+from .block.mmfuser import PUBLISHED_NAMES
+from .config import PROJECTOR_TYPE, MMFuserConfig, read_setting
+from .layers import is_listed
+
+MARK = "mm_projector."
+_FROM_OURS = {ours: theirs for theirs, ours in PUBLISHED_NAMES.items()}
+Shapes = Dict[str, Tuple[int, ...]]
+
+
+def from_published(name: str, linear: bool = False) -> str:
+    """Our name of a weight in the authors' projector, both without what stands before and including ``mm_projector.``.
+
+    Theirs is ``Sequential(fuser, Linear, GELU, Linear, …)``; ours keeps the MLP at LLaVA's own 0, 2, ….
+
+    Args:
+        name: such as ``0.gamma1`` or ``3.bias``.
+        linear: the inner projector is a single Linear, whose names have no number.
+    """
+    first, _, rest = name.partition(".")
+    if first == "0":
+        return "fuser." + PUBLISHED_NAMES.get(rest, rest)
+    return rest if linear else f"{int(first) - 1}.{rest}"
+
+
+def to_published(name: str) -> str:
+    """The inverse of `from_published`."""
+    first, _, rest = name.partition(".")
+    if first == "fuser":
+        return "0." + _FROM_OURS.get(rest, rest)
+    return f"{int(first) + 1}.{rest}" if rest else f"1.{first}"
+
+
+def is_published(names: Iterable[str]) -> bool:
+    """Whether names of a projector's weights, without the part up to ``mm_projector.``, are the authors'."""
+    return "0.gamma1" in names
+
+
+def rename_published(state_dict: Dict[str, Any], prefix: str = "", linear: bool = False) -> None:
+    """Give the tensors of an authors' adapter our names, in place; leave every other state dict alone.
+
+    Args:
+        state_dict: names to tensors.
+        prefix: what stands before the names of the projector, such as ``model.mm_projector.``.
+        linear: see `from_published`.
+    """
+    if is_published(key[len(prefix) :] for key in state_dict if key.startswith(prefix)):
+        for key in [key for key in state_dict if re.match(r"\d+\.", key[len(prefix) :]) and key.startswith(prefix)]:
+            state_dict[prefix + from_published(key[len(prefix) :], linear)] = state_dict.pop(key)
+
+
+def without_wrapper(state_dict: Dict[str, Any], prefix: str = "") -> None:
+    """Give a projector's tensors that were saved from within PEFT's ``modules_to_save`` their own names, in place.
+
+    Args:
+        state_dict: names to tensors; of the frozen original and its trained copy the copy is kept.
+        prefix: see `rename_published`.
+    """
+    for key in sorted(key for key in state_dict if key.startswith(prefix)):
+        wrapped = re.fullmatch(r"(modules_to_save\.[^.]+|original_module)\.(.+)", key[len(prefix) :])
+        if wrapped:  # in this order: the copies, then what has none
+            state_dict.setdefault(prefix + wrapped[2], state_dict.pop(key))
+
+
+def has_fuser(names: Iterable[str]) -> bool:
+    """Whether names of weights, of a whole model or an adapter, are of a projector with fuser, ours or the authors'."""
+    return any(MARK + mark in name for name in names for mark in ("fuser.", "0.gamma1"))
+
+
+def missing_fuser_keys(loaded_keys: Iterable[str], projector: Any) -> List[str]:
+    """Names of the fuser's parameters that a checkpoint of a whole model lacks, sorted.
+
+    Args:
+        loaded_keys: names of the tensors in the checkpoint.
+        projector: the `MMFuserProjector` that was loaded.
+    """
+    prefix = MARK + "fuser."
+    there = {key.split(prefix)[1] for key in loaded_keys if prefix in key}
+    return sorted(name for name, _ in projector.fuser.named_parameters() if name not in there)
+
+
+def inner_projector(names: Iterable[str]) -> Optional[str]:
+    """The ``mm_projector_type`` of the layers behind a fuser by the names of their weights; None if there are none."""
+    layers = [name for name in names if re.fullmatch(r"(\d+\.)?weight", name)]
+    return None if not layers else "linear" if layers == ["weight"] else f"mlp{len(layers)}x_gelu"
+
+
+def expected_shapes(settings: MMFuserConfig, mm_hidden_size: int, hidden_size: int) -> Shapes:
+    """Names, without ``mm_projector.``, and shapes of all weights of a projector with fuser.
+
+    Args:
+        settings: of the fuser.
+        mm_hidden_size: width of the vision tower.
+        hidden_size: width of the language model.
+    """
+    with torch.device("meta"):
+        fuser = settings.build(mm_hidden_size, hidden_size)
+    of_fuser = {"fuser." + name: tuple(parameter.shape) for name, parameter in fuser.named_parameters()}
+    if settings.projector == "linear":
+        return {"weight": (hidden_size, mm_hidden_size), "bias": (hidden_size,), **of_fuser}
+    shapes: Shapes = {}
+    for layer in range(int(re.findall(r"\d+", settings.projector)[0])):
+        width = hidden_size if layer else mm_hidden_size
+        shapes.update({f"{2 * layer}.weight": (hidden_size, width), f"{2 * layer}.bias": (hidden_size,)})
+    return {**shapes, **of_fuser}
+
+
+def describe(names: Iterable[str]) -> str:
+    """What kind of file has these names of weights; those of a projector with or without their ``mm_projector.``."""
+    names = list(names)
+    projector = [name.split(MARK, 1)[1] for name in names if MARK in name]
+    if any(re.search(r"lora_[AB]", name) for name in names):
+        return "LoRA weights of a language model"
+    if any(re.search(r"(^|\.)(layers|blocks|encoder)\.\d+\.|lm_head", name) for name in names):
+        return "weights of a whole model" + ("" if projector else ", without a projector")
+    projector = projector or names
+    if is_published(projector):
+        return "an adapter of the authors' MMFuser fork"
+    if any(name.startswith("fuser.") for name in projector):
+        return "an adapter of llava_mmfuser"
+    if projector and set(projector) <= {"weight", "bias"}:
+        return "an adapter of LLaVA with a linear projector"
+    if projector and all(re.fullmatch(r"\d+\.(weight|bias)", name) for name in projector):
+        return f"an adapter of LLaVA with an mlp{len(projector) // 2}x_gelu projector"
+    return "unknown" if names else "empty"
+
+
+def compare(found: Shapes, expected: Shapes) -> Optional[str]:
+    """`differences`, but without any fuser weight, only the inner projector counts."""
+    if not any(name.startswith("fuser.") for name in found):
+        expected = {name: shape for name, shape in expected.items() if not name.startswith("fuser.")}
+    return differences(found, expected)
+
+
+def differences(found: Shapes, expected: Shapes) -> Optional[str]:
+    """Missing, unexpected and wrongly shaped weights by name, or None."""
+    missing = [name for name in expected if name not in found]
+    unexpected = [name for name in found if name not in expected]
+    problems = [f"missing {', '.join(missing)}"] if missing else []
+    problems += [f"unexpected {', '.join(unexpected)}"] if unexpected else []
+    problems += [
+        f"{name} is {list(found[name])} instead of {list(shape)}"
+        for name, shape in expected.items()
+        if name in found and tuple(found[name]) != tuple(shape)
+    ]
+    return "; ".join(problems) or None
+
+
+class Format(enum.Enum):
+    """What kind of checkpoint a folder holds, in words."""
+
+    OURS = "llava_mmfuser's format"
+    AUTHORS = "the authors' format"
+    LLAVA = "plain LLaVA, without a fuser"
+    OTHER = "no LLaVA"
+
+
+def format_of(config: Mapping[str, Any], projectors: Iterable[Iterable[str]]) -> Format:
+    """Which format a config.json and the names of the weights of its projectors, if it has any, are."""
+    if config.get("mm_projector_type") == PROJECTOR_TYPE:
+        return Format.OURS
+    if is_authors_config(config) or any(map(is_published, projectors)):
+        return Format.AUTHORS
+    return Format.LLAVA if {"mm_vision_tower", "mm_projector_type"} & set(config) else Format.OTHER
+
+
+def is_fused(config: Mapping[str, Any]) -> bool:
+    """Whether a config.json says that there is a fuser, ours or the authors'."""
+    return config.get("mm_projector_type") == PROJECTOR_TYPE or is_authors_config(config)
+
+
+def is_authors_config(config: Any) -> bool:
+    """Whether a config (dict or object) is of a checkpoint of the authors' fork: a list of layers in any spelling, no
+    projector type of its own."""
+    listed = is_listed(read_setting(config, "mm_vision_select_layer"))
+    return listed and read_setting(config, "mm_projector_type") != PROJECTOR_TYPE
+
+
+def convert_hint(path: str) -> str:
+    """What to do about a checkpoint in the authors' format."""
+    return (
+        f"a checkpoint in the format of the authors' MMFuser fork, which has other weight names; convert it with: "
+        f"python -m llava_mmfuser convert {path} {path.rstrip('/')}-llava-mmfuser"
+    )

@@ -1,0 +1,184 @@
+"""The vision tower and the fuser of a checkpoint; the language model is never built."""
+
+import os
+from typing import Any, Dict, List, Mapping, NamedTuple, Optional, Sequence, Tuple
+
+import torch
+from torch import nn
+
+from ..block.fusion import Fusion
+from ..block.kinds import FUSIONS
+from ..checkpoints.files import read_config, read_tensor
+from ..checkpoints.fit import settings_of
+from ..checkpoints.folder import read_checkpoint
+from ..config import MMFuserConfig
+from ..layers import LAYER_SETS, Layers
+from ..names import MARK, differences, is_fused, rename_published, without_wrapper
+from ..towers import CLIP_TYPES, check_features, tower_config
+
+_TOWER_MARK = "vision_tower.vision_tower."
+
+
+class Model(NamedTuple):
+    """A vision tower and a fuser, `MMFuser` or one of its rivals."""
+
+    label: str
+    tower: Any  # transformers' CLIPVisionModel
+    processor: Any  # its CLIPImageProcessor
+    fuser: Fusion
+    settings: MMFuserConfig  # with explicit layers
+    aspect_ratio: Optional[str]  # LLaVA's image_aspect_ratio
+    notes: List[str]  # what the user should know, one line each
+
+
+def read_model(
+    path: str,
+    base: Optional[str] = None,
+    vision_tower: Optional[str] = None,
+    layers: Optional[str] = None,
+    device: Optional[str] = None,
+) -> Model:
+    """Read a vision tower and, where there is one, a fuser; else a fresh fuser, which is the identity.
+
+    Args:
+        path: checkpoint, adapter or LoRA folder of any format, released LLaVA, or CLIP tower; or its name on the hub.
+        base: where to look for weights that are not in `path`, as those of a projector that LoRA left frozen.
+        vision_tower: the tower, if not ``mm_vision_tower`` of config.json.
+        layers: for a model without a fuser, see `Layers.parse`; None takes ``mm_vision_select_layer``, else -2.
+        device: of the computation, which is in float32; None takes cuda where there is one, else cpu.
+
+    Raises:
+        ValueError: something cannot be found or read, is not supported, or does not belong together.
+    """
+    place = _device(device)
+    config = _read_config(path)
+    bare = config.get("model_type") in CLIP_TYPES
+    name = vision_tower or (path if bare else config.get("mm_vision_tower"))
+    if not isinstance(name, str):
+        raise ValueError("config.json has no mm_vision_tower; give --vision-tower PATH")
+    settings = _settings(path, config, layers)
+    try:
+        tower_settings = tower_config(name)
+    except ValueError as error:
+        raise ValueError(f"{error}; name a folder that has it by --vision-tower PATH") from error
+    settings = settings.resolve(tower_settings)
+    label, folders, notes = os.path.basename(os.path.abspath(path)), [path] + ([base] if base else []), []
+
+    fuser = settings.build(tower_settings.hidden_size, config.get("hidden_size", tower_settings.hidden_size))
+    weights, source = _stored(folders, MARK, "fuser.") if is_fused(config) else ({}, "")
+    if weights:
+        _load(fuser, weights, source)
+        notes.append(f"fuser: {len(weights)} tensors from {source}")
+        if fuser.acts_in_first_layer:
+            notes.append(f"fuser: {settings.fusion} acts in the projector's first layer; the map is the query's")
+    elif not FUSIONS[settings.fusion].has_weights:
+        notes.append(f"fuser: {settings.fusion}, which has no weights")
+    else:
+        notes.append(f"fuser: no weights in {' or '.join(folders)}; a fresh one is shown, which is the identity")
+        label += ", fresh fuser"
+
+    tower, processor = _read_tower(name)
+    if config.get("unfreeze_mm_vision_tower"):
+        weights, source = _stored(folders, _TOWER_MARK)
+        if weights:
+            _load(tower, {key: value for key, value in weights.items() if not key.endswith("position_ids")}, source)
+        notes.append(
+            f"vision tower: {len(weights)} tuned tensors from {source}" if weights else f"vision tower: {name}"
+        )
+    aspect_ratio = "pad" if bare else config.get("image_aspect_ratio")
+    if aspect_ratio == "anyres":
+        notes.append("image_aspect_ratio=anyres: the overview of the whole picture is shown, not its tiles")
+    return Model(label, tower.to(place), processor, fuser.to(place).eval(), settings, aspect_ratio, notes)
+
+
+def _read_config(path: str) -> Mapping[str, Any]:
+    config = read_config(_folder(path, "config.json"))
+    if not isinstance(config, dict):
+        raise ValueError(f"{path} has no config.json with settings; name a folder of a LLaVA or of a CLIP tower")
+    if config.get("model_type") not in CLIP_TYPES and not {"mm_vision_tower", "mm_projector_type"} & set(config):
+        raise ValueError(
+            f"{path} has model_type={config.get('model_type')!r} and neither mm_vision_tower nor mm_projector_type in "
+            f"its config.json; name a LLaVA in its original format, or a CLIP tower"
+        )
+    check_features(config)
+    return config
+
+
+def _device(name: Optional[str]) -> torch.device:
+    try:
+        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:  # PyTorch has no common type for this
+        raise ValueError(f"--device {name} cannot be used here: {str(error).splitlines()[0]}") from error
+    return device
+
+
+def _settings(path: str, config: Mapping[str, Any], layers: Optional[str]) -> MMFuserConfig:
+    if not is_fused(config):
+        query = config.get("mm_vision_select_layer", -2)
+        if layers in LAYER_SETS:
+            return MMFuserConfig(layers=Layers.parse_listed(layers, query, "--layers"))
+        return MMFuserConfig(layers=Layers.parse(query) if layers is None else Layers.parse(layers, "--layers"))
+    if layers is not None:
+        raise ValueError(f"--layers={layers}, but {path} has a fuser, which knows its layers; drop the flag")
+    return settings_of(config)
+
+
+def _folder(path: str, *patterns: str) -> str:
+    """A folder as it is; of a name on the hub the folder in the cache, after a download where files are missing."""
+    if os.path.isdir(path):
+        return path
+    if os.path.exists(path):
+        raise ValueError(f"{path} is a file; name the folder that has it and a config.json")
+    from huggingface_hub import snapshot_download
+
+    try:
+        return snapshot_download(path, allow_patterns=list(patterns))
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"{path} is neither a folder on this machine nor a model that can be downloaded: {error}"
+        ) from error
+
+
+def _stored(folders: Sequence[str], mark: str, prefix: str = "") -> Tuple[Dict[str, torch.Tensor], str]:
+    """Tensors of the first folder that has any whose name behind `mark` starts with `prefix`, and that folder.
+
+    Names are ours, without `mark` and `prefix`; of a whole model only its own files count, as in LLaVA's loading.
+    """
+    for folder in (_folder(folder, "*.json", "*.safetensors", "*.bin") for folder in folders):
+        checkpoint = read_checkpoint(folder)
+        weights = [weight for file in checkpoint.shards or checkpoint.adapters for weight in checkpoint.weights[file]]
+        found = {weight.name.split(mark, 1)[1]: weight for weight in weights if mark in weight.name}
+        without_wrapper(found)
+        rename_published(found)
+        found = {name[len(prefix) :]: weight for name, weight in found.items() if name.startswith(prefix)}
+        if found:
+            return {name: read_tensor(folder, weight).float() for name, weight in found.items()}, folder
+    return {}, ""
+
+
+def _load(module: nn.Module, weights: Mapping[str, torch.Tensor], source: str) -> None:
+    expected = {name: tuple(value.shape) for name, value in module.named_parameters()}
+    problems = differences({name: tuple(value.shape) for name, value in weights.items()}, expected)
+    if problems:
+        raise ValueError(f"{source}: weights do not fit its config.json: {problems}")
+    module.load_state_dict(weights, strict=False)  # all parameters are there; buffers are not stored
+
+
+def _read_tower(name: str) -> Tuple[Any, Any]:
+    """The `CLIPVisionModel` and the `CLIPImageProcessor` of a tower."""
+    from transformers import CLIPImageProcessor, CLIPVisionModel
+    from transformers.utils import logging
+
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()  # else it lists every weight of a whole CLIP that is of the text model
+    try:
+        tower, info = CLIPVisionModel.from_pretrained(name, output_loading_info=True)
+        processor = CLIPImageProcessor.from_pretrained(name)
+    except (OSError, RuntimeError) as error:
+        raise ValueError(f"the vision tower {name!r} cannot be read: {error}") from error
+    finally:
+        logging.set_verbosity(verbosity)
+    if info["missing_keys"]:
+        raise ValueError(f"the vision tower {name!r} lacks weights: {', '.join(info['missing_keys'][:3])} …")
+    return tower.float().eval(), processor

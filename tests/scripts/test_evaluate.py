@@ -1,0 +1,333 @@
+"""scripts/evaluate.sh: lmms-eval scores tiny checkpoints on a local task, beside LLaVA's own script.
+
+The harness's environment is made once, below this one, or where EVALUATE_ENV says.
+"""
+
+import contextlib
+import importlib.util
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import host
+import numpy as np
+import pytest
+from evaluation import harness, paired
+from evaluation.suites import SUITES
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+ENVIRONMENTS = Path(os.environ.get("EVALUATE_ENV") or Path(sys.prefix) / "evaluate")
+YAML = """
+task: {name}
+dataset_path: json
+dataset_kwargs:
+  data_files:
+    test: {folder}/{name}.json
+test_split: test
+output_type: generate_until
+doc_to_visual: !function pictures.visual
+doc_to_text: question
+doc_to_target: answer
+generation_kwargs:
+  max_new_tokens: 8
+metric_list:
+  - metric: exact_match
+    aggregation: mean
+    higher_is_better: true
+    ignore_case: true
+    ignore_punctuation: true
+"""
+PICTURES = """
+from PIL import Image
+
+def visual(doc):
+    return [Image.open(doc["image"]).convert("RGB")]
+"""
+# LLaVA's script calls .cuda(); on a machine without a GPU this makes it stay where it is.
+STAY_ON_CPU = """
+import sys
+if any("llava.eval.model_" in part for part in sys.orig_argv):
+    import torch
+
+    def here(to):
+        def move(self, *places, **named):
+            named = {key: value for key, value in named.items() if value != "cuda"}
+            return to(self, *[place for place in places if place != "cuda"], **named) if places or named else self
+        return move
+
+    for kind in (torch.Tensor, torch.nn.Module):
+        kind.cuda = lambda self, *_: self
+        kind.to = here(kind.to)
+"""
+
+
+def command(*arguments):
+    return ["bash", ROOT / "scripts" / "evaluate.sh", *arguments]
+
+
+def environ(**more):
+    env = host.environment(**{"PYTHON": sys.executable, "EVALUATE_ENV": str(ENVIRONMENTS), **more})
+    for name in ("OPENAI_API_KEY", "CUDA_VISIBLE_DEVICES"):
+        env.pop(name, None)
+    return env
+
+
+def evaluate(*arguments, code=0, cwd=None, **more):
+    """Run the real bash script; return what it printed."""
+    done = host.run(command(*arguments), check=False, env=environ(**more), cwd=cwd, timeout=1500)
+    assert done.returncode == code, done.stdout[-6000:]
+    return done.stdout
+
+
+def row(output, title):
+    """The cells of a line of the final table."""
+    lines = [line for line in output.splitlines() if line.startswith(title + "  ")]
+    assert len(lines) == 1, output
+    return [cell.strip() for cell in lines[0].split("  ") if cell.strip()][1:]
+
+
+@pytest.fixture(scope="module")
+def checkpoints(world, tmp_path_factory):
+    """A plain LLaVA, and the same with a fuser whose gates are open."""
+    from safetensors.torch import load_file, save_file
+
+    folder = tmp_path_factory.mktemp("checkpoints")
+    plain, fused = folder / "llava-stock", folder / "llava-mmfuser"  # "plain" in a name changes LLaVA's prompt
+    host.train(world, plain, "finetune", max_steps=1, mm_projector_type="mlp2x_gelu")
+    host.run([sys.executable, "-m", "llava_mmfuser", "upgrade", plain, fused])
+    for file in fused.glob("*.safetensors"):
+        weights = load_file(file)
+        for name in weights:
+            if name.endswith("gate.scale"):
+                weights[name].fill_(20.0)
+        save_file(weights, file, {"format": "pt"})
+    return plain, fused
+
+
+@pytest.fixture(scope="module")
+def asked(world, checkpoints, tmp_path_factory):
+    """Answers of LLaVA's own script: (records of the pictures, {checkpoint: answers})."""
+    folder = tmp_path_factory.mktemp("asked")
+    (folder / "sitecustomize.py").write_text(STAY_ON_CPU)
+    records = json.loads((world / "data" / "finetune.json").read_text())
+    lines = [
+        {"question_id": index, "image": record["image"], "text": "What is the number?"}
+        for index, record in enumerate(records)
+    ]
+    (folder / "questions.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    answers = {}
+    for checkpoint in checkpoints:
+        script = [sys.executable, "-m", "llava.eval.model_vqa_loader", "--model-path", checkpoint]
+        script += ["--question-file", folder / "questions.jsonl", "--image-folder", world / "data"]
+        script += ["--answers-file", folder / f"{checkpoint.name}.jsonl", "--temperature", "0"]
+        script += ["--conv-mode", "vicuna_v1"]  # as in its v1_5 scripts; lmms-eval's default, too
+        host.run([*script, "--max_new_tokens", "8"], env=host.environment(PYTHONPATH=str(folder)))
+        lines = (folder / f"{checkpoint.name}.jsonl").read_text().splitlines()
+        answers[checkpoint] = [json.loads(line)["text"] for line in lines]
+    return [world / "data" / record["image"] for record in records], answers
+
+
+@pytest.fixture(scope="module")
+def tasks(asked, tmp_path_factory):
+    """Two tasks of our own. A third of `toy`'s answers are plain LLaVA's, another third the fuser's, the rest wrong."""
+    folder = tmp_path_factory.mktemp("tasks")
+    pictures, answers = asked
+    rows = []
+    for index, (picture, options) in enumerate(zip(pictures, zip(*answers.values()))):
+        right = [*options, "no such word"][index % 3]
+        rows.append({"image": str(picture), "question": "What is the number?", "answer": right.upper()})
+    for name, part in (("toy", rows), ("other", rows[:4])):
+        (folder / f"{name}.json").write_text(json.dumps(part))
+        (folder / f"{name}.yaml").write_text(YAML.format(name=name, folder=folder))
+    (folder / "pictures.py").write_text(PICTURES)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def scored(checkpoints, tasks, tmp_path_factory):
+    """One call that scores both: (folder of results, what was printed)."""
+    folder = tmp_path_factory.mktemp("scored")
+    plain, fused = checkpoints
+    asked_for = ("toy", "gqa", "mmvet", "--against", plain, "--include_path", tasks, "--output", folder)
+    return folder, evaluate(fused, *asked_for, code=1)
+
+
+def found(folder):
+    files = list(folder.glob("llava-mmfuser-*/results.json"))
+    assert len(files) == 1
+    return json.loads(files[0].read_text())
+
+
+@pytest.mark.fp16_cpu
+def test_a_local_task_scores_as_by_hand_and_as_llavas_own_script_answers(asked, tasks, checkpoints, scored):
+    folder, output = scored
+    toy = found(folder)["suites"][0]
+    truth = [record["answer"] for record in json.loads((tasks / "toy.json").read_text())]
+    rights = []
+    for checkpoint, score in zip(checkpoints, (toy["against"], toy["score"])):
+        samples = list(folder.glob(f"{checkpoint.name}-*/toy/samples_toy.jsonl"))
+        harness_says = [json.loads(line)["filtered_resps"].strip() for line in samples[0].open()]
+        assert harness_says == asked[1][checkpoint], "LLaVA's script and lmms-eval differ"
+        rights.append([answer.upper() == right for answer, right in zip(harness_says, truth)])
+        assert score == pytest.approx(sum(rights[-1]) / len(truth)) and 0 < score < 1
+    mean = np.mean(rights[1]) - np.mean(rights[0])
+    pair = toy["paired"]
+    assert pair["mean"] == pytest.approx(mean) and pair["questions"] == len(truth) == 16 and pair["additive"]
+    assert pair["low"] < mean < pair["high"]
+    cells = row(output, "toy")
+    assert cells[:3] == ["exact_match", f"{toy['score']:.3f}", f"{toy['against']:.3f}"]
+    assert cells[3].startswith(f"{mean:+.3f} [") and cells[4] == "16"
+    log = next(folder.glob("llava-mmfuser-*/toy.log")).read_text()
+    assert "fuser weights: from" in log and "mmfuser" not in next(folder.glob("llava-stock-*/toy.log")).read_text()
+    assert f"transformers {found(folder)['versions']['transformers']}" in output and "lmms-eval 0.7.3" in output
+
+
+@pytest.mark.fp16_cpu
+def test_missing_data_and_keys_are_named_and_other_suites_go_on(scored):
+    _, output = scored
+    assert "data set lmms-lab-encoder/GQA could not be read: " in output and "--include_path DIR" in output
+    assert "MM-Vet: OPENAI_API_KEY is not set" in output and "HF_DATASETS_OFFLINE=1" in output
+    assert row(output, "GQA") == ["exact_match", "–", "–", "–", "–", "62", "62.8"]
+
+
+def test_an_interrupt_while_a_process_starts_ends_it(interrupted_start):
+    with pytest.raises(KeyboardInterrupt), harness.running(["sleep", "60"]):
+        pass
+    assert interrupted_start[0].wait(5) == -signal.SIGTERM
+
+
+@pytest.mark.fp16_cpu
+def test_an_interrupted_evaluation_leaves_no_process_and_goes_on(checkpoints, tasks, scored):
+    folder, _ = scored
+    plain, fused = checkpoints
+    arguments = (fused, "toy", "other", "--include_path", tasks, "--output", folder)
+    evaluation = subprocess.Popen(
+        list(map(str, command(*arguments))),
+        env=environ(),
+        stdout=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a background job's tests ignore it
+    )
+    try:
+        kept, line = "", ""
+        while not line.startswith("== llava-mmfuser: other"):
+            kept, line = kept + line, evaluation.stdout.readline()
+            assert line, kept
+        assert "toy: kept from an earlier run" in kept
+        deadline = time.monotonic() + 60
+        while not processes(folder):
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        evaluation.send_signal(signal.SIGINT)
+        assert evaluation.wait(30) != 0 and not processes(folder)
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(evaluation.pid, signal.SIGKILL)
+    assert not list(folder.glob("*/*.partial-*")) and not list(folder.glob("*/other"))
+    output = evaluate(*arguments)
+    assert "toy: kept" in output and "other: kept" not in output
+    assert row(output, "other")[0] == "exact_match"
+
+
+def processes(folder):
+    """Processes whose command line names `folder` as lmms-eval's output."""
+    found = []
+    for file in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):
+            text = file.read_text(errors="replace")
+            found += [file.parent.name] * (f"--output_path\0{folder}" in text)
+    return found
+
+
+@pytest.mark.fp16_cpu
+def test_an_adapter_is_scored_with_its_base_from_any_path(world, tasks, tmp_path):
+    adapter = tmp_path / "a=1,b" / "fuser-adapter"
+    host.train(world, adapter, "pretrain", max_steps=1)
+    assert "only a part (adapter" in evaluate(adapter, "other", code=2)
+    given = (adapter, "other", "--base", world / "llama", "--include_path", tasks, "--output", tmp_path / "scores")
+    assert row(evaluate(*given), "other")[0] == "exact_match"
+    log = next((tmp_path / "scores").glob("llava-fuser-adapter-*/other.log")).read_text()
+    assert log.count("Loading LLaVA from base model") == 1
+    assert f"fuser weights: none of 24 tensors is in {world / 'llama'}; starts as identity unless an adapter" in log
+
+
+def test_every_suites_tasks_and_metric_are_the_harnesss_and_llavas_python_stays_as_it_is():
+    python = harness.environment(ENVIRONMENTS)
+    assert importlib.util.find_spec("lmms_eval") is None and python.is_relative_to(ENVIRONMENTS)
+    tasks = [task for suite in SUITES.values() for task in suite.tasks]
+    about = harness.describe(python, [*tasks, "refcocog_bbox_rec", "refcoco+_bbox", "no_such"], None)
+    assert list(about["unknown"]) == ["no_such"]
+    for suite in SUITES.values():
+        for task in suite.tasks:
+            assert suite.metric in about["tasks"][task]["metrics"], (task, about["tasks"][task])
+    assert sorted(about["members"]["refcocog_bbox_rec"]) == ["refcocog_bbox_rec_test", "refcocog_bbox_rec_val"]
+    assert about["versions"]["lmms-eval"] == harness.HARNESS.split("==")[1]
+
+
+def test_unknown_suites_are_answered_with_the_list(checkpoints, tmp_path):
+    output = evaluate(checkpoints[0], "gqs", "--output", tmp_path / "scores", code=2)
+    assert "unknown suite or task gqs. Suites: vqav2, gqa, vizwiz" in output and "gqa" in output.split("Close tasks")[1]
+    assert not (tmp_path / "scores").exists()
+
+
+@pytest.mark.parametrize(
+    "arguments, problem",
+    [
+        ([], "CKPT is missing"),
+        (["no-such/folder/llava"], "CKPT is no-such/folder/llava: no such folder, and no name on the hub"),
+        (["./llava-typo"], "CKPT is ./llava-typo: no such folder"),
+        (["{plain}", "--against", "{llama}"], "this is no LLaVA checkpoint"),
+        (["{plain}", "--base", "{llama}"], "is a whole checkpoint; leave it out"),
+        (["{plain}", "--size", "7b", "gqa"], "gqa stands behind a flag; suites stand right behind CKPT"),
+        (["{plain}", "gqa", "--tasks", "pope"], "--tasks is set here"),
+        (["{plain}", "toy", "--include_path", "{tmp}/absent"], "absent: no such folder"),
+    ],
+)
+def test_wrong_arguments_are_refused_before_anything_is_installed(world, checkpoints, tmp_path, arguments, problem):
+    filled = [part.format(plain=checkpoints[0], llama=world / "llama", tmp=tmp_path) for part in arguments]
+    assert problem in evaluate(*filled, code=2, cwd=tmp_path, EVALUATE_ENV=str(tmp_path / "env"))
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_environment_that_cannot_be_finished_leaves_nothing(checkpoints, tmp_path):
+    output = evaluate(checkpoints[0], "gqa", code=2, EVALUATE_ENV=str(tmp_path), PIP_NO_INDEX="1")
+    assert "ended with exit code 1; nothing was left behind" in output and not list(tmp_path.iterdir())
+
+
+def test_list_needs_no_harness(tmp_path):
+    output = evaluate("--list", EVALUATE_ENV=str(tmp_path))
+    assert all(f"\n{key} ({suite.title}): " in "\n" + output for key, suite in SUITES.items())
+    assert not list(tmp_path.iterdir())
+
+
+def test_paired_difference_is_over_the_same_questions_and_by_hand():
+    ours = [{0: 1.0, 1: 0.0, 2: 1.0, 3: 1.0}]
+    theirs = [{0: 0.0, 1: 0.0, 2: 1.0, 3: 0.0}]
+    found = paired.difference(ours, theirs, [[0.75], [0.25]], 100.0)
+    assert (found.mean, found.questions, found.additive) == (50.0, 4, True)
+    exact = sorted(np.mean(draw) for draw in np.stack(np.meshgrid(*[[1, 0, 0, 1]] * 4), -1).reshape(-1, 4))
+    assert [found.low, found.high] == [100 * exact[int(0.025 * 256)], 100 * exact[int(0.975 * 256)]]
+    assert found == paired.difference(ours, theirs, [[0.75], [0.25]], 100.0)
+    with pytest.raises(ValueError, match="1 questions were asked of one checkpoint only"):
+        paired.difference(ours, [{0: 0.0, 1: 0.0, 2: 1.0}], [[0.75], [0.25]], 100.0)
+
+
+@pytest.mark.parametrize(
+    "right, wrong, said, additive",
+    [
+        ({"score": 1.0, "category": "OCR"}, {"score": 0.0, "category": "OCR"}, 150.0, False),
+        ({"score": 1, "prediction": "no"}, {"score": 0, "prediction": "yes"}, 0.5, True),
+        ({"pred": "A", "answer": "A"}, {"pred": "B", "answer": "A"}, 0.5, True),
+        ({"pred": [0, 0, 0.5, 1], "bbox": [0, 0, 0.6, 1]}, {"pred": [0, 0, 0, 0], "bbox": [0, 0, 0.6, 1]}, 0.5, True),
+        ({"is_correct": True}, {"is_correct": False}, 0.5, True),
+    ],
+)
+def test_what_tasks_log_counts_per_question(right, wrong, said, additive):
+    found = paired.difference([{0: right, 1: wrong}], [{0: wrong, 1: wrong}], [[said], [said - said]], 100.0)
+    assert (found.mean, found.additive) == (50.0, additive)
+    assert paired.difference([{0: {"pred": "x", "answer": ["x"]}}], [{0: 1.0}], [[1.0], [1.0]], 1.0) is None
