@@ -12,7 +12,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from .block.kinds import MAX_LAYERS, MAX_WIDTH, check_count
-from .block.operator import is_compiling
+from .block.registration import is_compiling
 from .block.sampling import is_recorded
 from .config import PROJECTOR_TYPE, read_setting
 from .patching import stand_in

@@ -8,7 +8,7 @@ from typing import Any, Callable, Dict, Optional, Tuple, Union
 
 import torch
 
-from .operator import SUPPORTED, is_compiling
+from .registration import SUPPORTED, is_compiling
 from .sampling_embedding_bag import deformable_sampling as embedding_bag
 from .sampling_reference import cell_positions  # noqa: F401  (part of the definition)
 from .sampling_reference import deformable_sampling as reference

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from .once import once
-from .operator import is_compiling, operator
+from .registration import is_compiling, operator
 from .sampling_reference import cell_positions
 
 

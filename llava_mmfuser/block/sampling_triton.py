@@ -14,7 +14,7 @@ from typing import Dict, Optional, Sequence, Tuple
 import torch
 
 from .once import once
-from .operator import is_compiling, operator
+from .registration import is_compiling, operator
 
 try:
     import triton

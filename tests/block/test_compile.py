@@ -8,10 +8,12 @@ from torch.utils.checkpoint import checkpoint
 from versions import TORCH
 
 from llava_mmfuser import MMFuser
-from llava_mmfuser.block import operator, sampling_embedding_bag
+from llava_mmfuser.block import registration, sampling_embedding_bag
 from llava_mmfuser.block.sampling import deformable_sampling
 
-compiles = pytest.mark.skipif(not operator.SUPPORTED, reason="torch before 2.7 cannot tell torch.compile from export")
+compiles = pytest.mark.skipif(
+    not registration.SUPPORTED, reason="torch before 2.7 cannot tell torch.compile from export"
+)
 
 
 def fuser_and_layers(width=32, side=4, count=3, batch=2):

@@ -13,7 +13,7 @@ if DEVICE == "cpu":
     os.environ["TRITON_INTERPRET"] = "1"  # read when kernels are defined
 triton = pytest.importorskip("triton", reason="triton is not installed")
 
-from llava_mmfuser.block import operator  # noqa: E402
+from llava_mmfuser.block import registration  # noqa: E402
 from llava_mmfuser.block import sampling as ops  # noqa: E402
 from llava_mmfuser.block import sampling_triton as triton_kernels  # noqa: E402
 from llava_mmfuser.block.sampling_triton import deformable_sampling, unavailable  # noqa: E402
@@ -352,7 +352,7 @@ def test_unavailable_names_what_is_missing(monkeypatch):
         assert "need a CUDA device, not cpu" in unavailable(DEVICE, torch.float32)
 
 
-@pytest.mark.skipif(not operator.SUPPORTED, reason="torch before 2.7 cannot tell torch.compile from export")
+@pytest.mark.skipif(not registration.SUPPORTED, reason="torch < 2.7 cannot tell torch.compile from export")
 @pytest.mark.parametrize("needs", [(True, True, True), (False, True, False)], ids=str)
 def test_compiled_graph_runs_the_kernels_as_one_operator(needs, fresh_check, monkeypatch):
     tensors = [tensor.requires_grad_(need) for tensor, need in zip(inputs(batch=1), needs)]
@@ -373,7 +373,7 @@ def test_compiled_graph_runs_the_kernels_as_one_operator(needs, fresh_check, mon
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not operator.SUPPORTED, reason="torch before 2.7 cannot tell torch.compile from export")
+@pytest.mark.skipif(not registration.SUPPORTED, reason="torch < 2.7 cannot tell torch.compile from export")
 def test_check_on_the_users_device_may_run_while_torch_compile_looks(fresh_check, monkeypatch):
     @functools.lru_cache(maxsize=None)
     def choose(chosen, *place):
