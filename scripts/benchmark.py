@@ -120,6 +120,20 @@ def without_gradients(forward: Callable[[], Any]) -> Callable[[], Any]:
     return torch.no_grad()(forward)
 
 
+def places(offsets: torch.Tensor, grid: Any) -> Dict[str, torch.Tensor]:
+    """What ops of Deformable DETR's form take: sizes and first cells of the levels, locations from 0 to 1."""
+    queries, levels = offsets.shape[1], offsets.shape[3]
+    height, width = grid
+    index = torch.arange(queries, device=offsets.device)
+    centre = torch.stack([index % width, torch.div(index, width, rounding_mode="floor")], -1) + 0.5
+    size = torch.tensor([width, height], device=offsets.device)
+    return {
+        "shapes": torch.tensor([grid] * levels, device=offsets.device),
+        "starts": torch.arange(levels, device=offsets.device) * queries,
+        "locations": ((centre.view(1, queries, 1, 1, 1, 2) + offsets.float()) / size).contiguous(),
+    }
+
+
 def compiled_op() -> Optional[Callable]:
     """The authors' hand-compiled CUDA op, float32 inside, where it is installed."""
     try:
@@ -128,16 +142,9 @@ def compiled_op() -> Optional[Callable]:
         return None
 
     def run(value, offsets, logits, grid):
-        batch, queries, heads, levels, points, _ = offsets.shape
-        height, width = grid
-        shapes = torch.tensor([grid] * levels, device=value.device)
-        starts = torch.arange(levels, device=value.device) * queries
-        index = torch.arange(queries, device=value.device)
-        centre = torch.stack([index % width, torch.div(index, width, rounding_mode="floor")], -1) + 0.5
-        size = torch.tensor([width, height], device=value.device)
-        location = ((centre.view(1, queries, 1, 1, 1, 2) + offsets.float()) / size).contiguous()
         weights = logits.float().flatten(3).softmax(-1).view_as(logits).contiguous()
-        return compiled.ms_deform_attn_forward(value.float(), shapes, starts, location, weights, batch).to(value.dtype)
+        inputs = (value.float(), *places(offsets, grid).values(), weights)
+        return compiled.ms_deform_attn_forward(*inputs, value.shape[0]).to(value.dtype)
 
     return run
 
@@ -147,15 +154,24 @@ def transformers_op() -> Callable:
     from transformers.models.deformable_detr.modeling_deformable_detr import multi_scale_deformable_attention
 
     def run(value, offsets, logits, grid):
-        _, queries, _, levels, _, _ = offsets.shape
-        height, width = grid
-        index = torch.arange(queries, device=value.device)
-        centre = torch.stack([index % width, torch.div(index, width, rounding_mode="floor")], -1) + 0.5
-        size = torch.tensor([width, height], device=value.device)
-        location = (centre.view(1, queries, 1, 1, 1, 2) + offsets.float()) / size
         weights = logits.float().flatten(3).softmax(-1).view_as(logits)
-        shapes = torch.tensor([grid] * levels)
-        return multi_scale_deformable_attention(value.float(), shapes, location, weights).to(value.dtype)
+        shapes = torch.tensor([grid] * offsets.shape[3])
+        locations = places(offsets, grid)["locations"]
+        return multi_scale_deformable_attention(value.float(), shapes, locations, weights).to(value.dtype)
+
+    return run
+
+
+def deformops_op() -> Optional[Callable]:
+    """The deformops package's op, where it is installed (Python 3.12, torch 2.11); on CUDA that is Triton."""
+    try:
+        from deformops.registry import msda
+    except ImportError:
+        return None
+
+    def run(value, offsets, logits, grid):
+        weights = logits.to(value.dtype).flatten(3)
+        return msda(value, *places(offsets, grid).values(), weights, method="softmax").to(value.dtype)
 
     return run
 
@@ -169,6 +185,9 @@ def bench_op(rounds: int, dtype: torch.dtype, batch: int, grid: Any = GRID) -> L
     for name in IMPLEMENTATIONS:
         if unavailable(name, DEVICE, dtype) is None:
             calls[name] = partial(deformable_sampling, *inputs, grid, implementation=name)
+    deformops = deformops_op()
+    if deformops:
+        calls["deformops"] = partial(deformops, *inputs, grid)
     compiled = compiled_op() if DEVICE.type == "cuda" else None
     forward = {name: without_gradients(call) for name, call in calls.items()}
     if compiled:
