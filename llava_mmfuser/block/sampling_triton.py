@@ -158,7 +158,7 @@ def _sizes(value: torch.Tensor, offsets: torch.Tensor, grid: Tuple[int, int]) ->
         "BLOCK_Q": QUERIES,
         "BLOCK_S": block_s,
         "BLOCK_D": block_d,
-        "num_warps": max(1, min(8, block_s * block_d // 1024)),
+        "num_warps": max(1, min(8, block_s * block_d // 512)),
     }
 
 
