@@ -17,9 +17,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-
 # No module at run time: DeepSpeed's ``zero.Init`` would give it an `__init__`, which hides that of a second base.
-_Mixin = nn.Module if TYPE_CHECKING else object
+if TYPE_CHECKING:
+    _Mixin = nn.Module
+else:
+    _Mixin = object
 
 
 class Resettable(_Mixin):
