@@ -17,7 +17,7 @@ from .names import MARK, Shapes, compare, rename_published, without_wrapper
 logger = logging.getLogger("llava_mmfuser")
 
 
-class MMFuserProjector(Resettable):
+class MMFuserProjector(Resettable, nn.Module):
     """``projector(fuser(layers))``, drop-in for LLaVA's ``mm_projector``.
 
     The projector's children and direct parameters are adopted under their own names (``0``, ``2``, or ``weight`` and

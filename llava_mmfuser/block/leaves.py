@@ -11,15 +11,21 @@ whose `reset_parameters` uses plain tensor operations; the host calls it again f
 
 import contextlib
 import math
-from typing import Container, Iterator, List, NamedTuple, Optional, Union
+from typing import TYPE_CHECKING, Container, Iterator, List, NamedTuple, Optional, Union
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+# No module at run time: DeepSpeed's ``zero.Init`` would give it an `__init__`, which hides that of a second base.
+if TYPE_CHECKING:
+    _Mixin = nn.Module
+else:
+    _Mixin = object
 
-class Resettable(nn.Module):
-    """A module whose `reset_parameters` restores its own direct parameters, and only those."""
+
+class Resettable(_Mixin):
+    """Marks a module whose `reset_parameters` restores its own direct parameters, and only those."""
 
     decays = True  # whether an optimizer's weight decay is for its parameters other than a bias
 
@@ -35,7 +41,7 @@ class Normalized(NamedTuple):
     shift: torch.Tensor
 
 
-class Linear(Resettable):
+class Linear(Resettable, nn.Module):
     """Affine map ``x W^T + b`` in the dtype of its input; Xavier-uniform weight, zero bias (paper, as Deformable DETR).
 
     Args:
@@ -133,7 +139,7 @@ def normed_linears(x: torch.Tensor, norm: Optional[LayerNorm], *linears: Linear)
     return [linear(normed) for linear in linears]
 
 
-class Gate(Resettable):
+class Gate(Resettable, nn.Module):
     """Learnable scale per channel, zero at first: ``residual + scale * x`` in the dtype of residual.
 
     The parameter is called ``scale`` because transformers 4.37 renames ``gamma`` and ``beta`` in every checkpoint key.
