@@ -17,6 +17,7 @@ class Patch(NamedTuple):
     parameters: str  # that the target must begin with, separated by blanks
     reason: str
     until: str  # what upstream would have to have for the row to go
+    host: Optional[str] = None  # the LLaVA that has it, where others have not even its module
 
 
 # Module of LLaVA -> None, or why its rows were not applied; kept by `llava_patch.apply`.
@@ -27,11 +28,14 @@ _places: Dict[str, List[Tuple[Any, str]]] = {}
 
 
 def check_row(row: Patch) -> Tuple[str, str]:
-    """State of a row's target, ``ok``, ``missing`` or ``changed``, and what was expected and found. Imports it."""
+    """State of a row's target, ``ok``, ``absent`` (of another LLaVA), ``missing`` or ``changed``, and what was expected
+    and found. Imports it."""
     try:
         owner, name = _owner(row.target)
         found = _originals.get(row.target) or inspect.getattr_static(owner, name)
     except (ImportError, AttributeError) as error:
+        if row.host is not None and getattr(error, "name", None) == row.target.partition(":")[0]:
+            return "absent", f"{row.host} has it"
         return "missing", f"not found ({error})"
     except (Exception, SystemExit) as error:  # of the code of a module that is being imported
         return "missing", f"cannot be imported ({type(error).__name__}: {' '.join(str(error).split())})"
@@ -104,6 +108,11 @@ def restore(targets: Optional[Iterable[str]] = None) -> None:
             original = _originals.pop(target)
             for place in _places.pop(target):
                 setattr(*place, original)
+
+
+def is_replaced(path: str) -> bool:
+    """Whether the function at this path in its module, such as ``Class.name``, is replaced in any."""
+    return any(target.partition(":")[2] == path for target in _originals)
 
 
 def folder_of(module: str) -> Optional[str]:

@@ -69,7 +69,9 @@ def _trainables_file(model: nn.Module) -> Optional[str]:
     """The file in a checkpoint for what is trained besides LoRA; None for a full finetune or without a fuser."""
     if find_projector(model) is None:
         return None
-    if getattr(model.config, "tune_mm_mlp_adapter", False):
+    parts = getattr(model.config, "mm_tunable_parts", None)  # LLaVA-NeXT's, which it asks in the same words
+    alone = parts is not None and "," not in parts and ("mm_mlp_adapter" in parts or "mm_vision_resampler" in parts)
+    if alone or getattr(model.config, "tune_mm_mlp_adapter", False):
         return ADAPTER
     peft = sys.modules.get("peft")
     return NON_LORA if peft and isinstance(model, peft.PeftModel) else None

@@ -20,6 +20,7 @@ from torch.utils.checkpoint import checkpoint
 
 from llava_mmfuser import MMFuser, MMFuserProjector, patching
 from llava_mmfuser.block.kinds import ATTENTION_KINDS, FUSIONS
+from llava_mmfuser.hooks import run
 from llava_mmfuser.llava_patch import PATCHES
 
 
@@ -372,14 +373,20 @@ def test_tower_refuses_settings_before_it_reads_weights(world, settings, message
         tower(world, **settings)(IMAGES)
 
 
-def test_tower_that_is_not_clip_is_refused(world, tmp_path):
-    shutil.copytree(world / "clip", tmp_path / "siglip")
-    config = json.loads((tmp_path / "siglip" / "config.json").read_text())
-    (tmp_path / "siglip" / "config.json").write_text(json.dumps({**config, "model_type": "siglip_vision_model"}))
-    with pytest.raises(
-        ValueError, match="model_type='siglip_vision_model', but mm_projector_type=mmfuser needs a CLIP tower"
-    ):
-        CLIPVisionTower(str(tmp_path / "siglip"), arguments(world))
+@pytest.mark.parametrize(
+    "model_type,message",
+    [
+        ("dinov2", "model_type='dinov2', but mm_projector_type=mmfuser needs a CLIP or SigLIP tower"),
+        ("siglip_vision_model", "is a folder with a SigLIP tower, but LLaVA takes every folder for a CLIP tower"),
+    ],
+)
+def test_tower_that_this_llava_cannot_read_is_refused(world, tmp_path, model_type, message):
+    shutil.copytree(world / "clip", tmp_path / "tower")
+    config = json.loads((tmp_path / "tower" / "config.json").read_text())
+    (tmp_path / "tower" / "config.json").write_text(json.dumps({**config, "model_type": model_type}))
+    for read in (lambda path: CLIPVisionTower(path, arguments(world)), lambda path: run._host_tower(path)):
+        with pytest.raises(ValueError, match=message):
+            read(str(tmp_path / "tower"))
 
 
 def test_replaced_functions_answer_as_the_originals():
@@ -387,6 +394,8 @@ def test_replaced_functions_answer_as_the_originals():
     for module in PATCHES:
         importlib.import_module(module)
     for row in [row for row in sum(PATCHES.values(), ()) if row.replacement is not None]:
+        if patching.check_row(row)[0] == "absent":
+            continue
         owner, name = patching._owner(row.target)
         found, original = inspect.getattr_static(owner, name), patching._originals[row.target]
         assert found is not original and type(found) is type(original), row.target
