@@ -176,7 +176,8 @@ def capture_layers(model: Any, pixel_values: torch.Tensor, layers: Sequence[int]
         select_feature: ``patch`` or ``cls_patch``.
 
     Returns:
-        [B, N, L*C]: the maps side by side on the channel axis, in the order of `layers`.
+        [B, N, L*C]: the maps side by side on the channel axis, in the order of `layers`. Behind a CLS that is left out
+        it is a view, as LLaVA's own map is.
     """
     row, vision, encoder = TOWERS[str(kind_of(model.config.model_type))], model.vision_model, model.vision_model.encoder
     masks = (None,) * row.num_masks
@@ -192,14 +193,13 @@ def capture_layers(model: Any, pixel_values: torch.Tensor, layers: Sequence[int]
             hidden = encoder.layers[index - 1](hidden, *masks)[0]
         if index not in layers:
             continue
-        tokens = select_tokens(hidden, select_feature, row.has_cls)
         if not in_place:
-            maps.append(tokens.to(pixel_values.device))
+            maps.append(hidden.to(pixel_values.device))
             continue
         if out is None:  # filled map by map: a concatenation at the end would hold all of them twice
-            out = tokens.new_empty(*tokens.shape[:2], len(layers), tokens.shape[2], device=pixel_values.device)
-        out[:, :, layers.index(index)] = tokens
-    return torch.cat(maps, dim=-1) if out is None else out.flatten(2)
+            out = hidden.new_empty(*hidden.shape[:2], len(layers), hidden.shape[2], device=pixel_values.device)
+        out[:, :, layers.index(index)] = hidden
+    return select_tokens(torch.cat(maps, dim=-1) if out is None else out.flatten(2), select_feature, row.has_cls)
 
 
 def _has_graph(model: nn.Module, pixel_values: torch.Tensor) -> bool:

@@ -62,6 +62,9 @@ class Fusion(nn.Module):
             raise ValueError(f"{tokens} tokens are neither a square map nor one with CLS in front")
         patches = [layer[:, 1:] for layer in layers] if has_cls else layers
         fused = self(patches)
+        if features.stride(0) != tokens * features.stride(1):
+            # LLaVA's projector reads a view behind CLS too, of which PyTorch makes other products in the last bits.
+            fused = F.pad(fused, (0, 0, 1, 0))[:, 1:]
         if has_cls:
             fused = torch.cat([layers[-1][:, :1], fused], dim=1)
         out = first_layer(fused)

@@ -268,6 +268,20 @@ def test_released_checkpoint_answers_identically_after_the_switch(world, setting
         assert torch.equal(released(ids, images=IMAGES[:2]).logits, switched(ids, images=IMAGES[:2]).logits)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, pytest.param(torch.float16, marks=pytest.mark.fp16_cpu)])
+@pytest.mark.parametrize("feature", ["patch", "cls_patch"])
+def test_projector_gets_the_query_in_the_layout_that_llavas_own_has(world, dtype, feature):
+    """Of several pictures the map is a view behind CLS, and products of a view may differ in the last bits."""
+    model = model_with(world, mm_projector_type="mlp2x_gelu", mm_vision_select_feature=feature).to(dtype)
+    plain, whole = model.encode_images(IMAGES.to(dtype)), model.get_vision_tower()(IMAGES.to(dtype)).contiguous()
+    if feature == "patch":
+        assert not torch.equal(model.get_model().mm_projector(whole), plain), "else this shows nothing"
+    model.get_model().initialize_vision_modules(arguments(world, mm_vision_select_feature=feature))
+    for trained in (False, True):
+        model.get_vision_tower().requires_grad_(trained)
+        assert torch.equal(model.encode_images(IMAGES.to(dtype)), plain)
+
+
 @pytest.mark.parametrize("fusion", [fusion for fusion, row in FUSIONS.items() if not row.starts_as_identity])
 def test_fusions_that_are_no_identity_say_so_in_front_of_a_released_checkpoint(world, caplog, fusion):
     logging.getLogger("llava_mmfuser").addHandler(caplog.handler)
