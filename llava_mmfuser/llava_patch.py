@@ -54,7 +54,9 @@ PATCHES = {
               "fuser weights missing from a checkpoint start as identity",
               "transformers leaves it to a module how it starts"),
         Patch(_PRETRAINED + "._load_pretrained_model", loading.load_pretrained_weights,
-              "model state_dict loaded_keys resolved_archive_file pretrained_model_name_or_path",
+              "model state_dict loaded_keys resolved_archive_file pretrained_model_name_or_path"  # transformers < 4.50
+              "| model state_dict checkpoint_files pretrained_model_name_or_path"  # < 5
+              "| model state_dict checkpoint_files load_config",
               "weights must fit config.json; says where the fuser's came from",
               "LLaVA refuses weights that do not fit"),
         Patch(_PARSER + ".__init__", arguments.parser_init, "self dataclass_types",
@@ -63,7 +65,8 @@ PATCHES = {
               "the run's seed for a fresh fuser; the checkpoints that a run starts from and resumes must fit its flags",
               _PLUGIN_FLAGS),
         Patch("transformers.models.clip.modeling_clip:CLIPEncoderLayer.forward", None,
-              "self hidden_states attention_mask causal_attention_mask",
+              "self hidden_states attention_mask causal_attention_mask"
+              "| self hidden_states attention_mask kwargs",  # transformers >= 5
               "not replaced, but its blocks are called one by one", "transformers can stop a ViT at a block"),
     ),
     "llava.model.builder": (
@@ -95,6 +98,7 @@ PATCHES = {
 # fmt: on
 PURPOSES = dict(zip(PATCHES, ("models", "loading", "training")))
 ESSENTIAL = "llava.model.llava_arch"
+FITS = "LLaVA 1.1.3 to 1.2.2.post1 and main, or LLaVA-NeXT, with transformers 4.31 to 5.24"
 SWALLOWED = ("llava.model.language_model.llava_llama",)  # imported by LLaVA under `except: pass`
 
 
@@ -112,13 +116,13 @@ def apply(module: str) -> None:
     _log_to_stderr()
     states = [(row, *check_row(row)) for row in PATCHES[module]]
     problems = [f"{row.target}: {detail}" for row, state, detail in states if state not in ("ok", "absent")]
-    rows = [row for row, state, _ in states if state == "ok" and row.replacement is not None]
+    rows = [(row.target, row.replacement) for row, state, _ in states if state == "ok" and row.replacement is not None]
     if not problems:
         try:
-            for row in rows:
-                replace(row.target, row.replacement)
+            for target, replacement in rows:
+                replace(target, replacement)
         except Exception as error:
-            restore(row.target for row in rows)
+            restore(target for target, _ in rows)
             problems = [f"{type(error).__name__}: {error}"]
     if not problems:
         applied[module] = None
@@ -126,7 +130,7 @@ def apply(module: str) -> None:
     applied[module] = reason = (
         f"llava_mmfuser does not fit this LLaVA ({folder_of(module)}), whose {module} is left unpatched: "
         f"{'; '.join(problems)}. `python -m llava_mmfuser status` shows every row; "
-        f"use LLaVA 1.2.2.post1 or main, or report the change."
+        f"what fits: {FITS}. Use that, or report the change."
     )
     sys.stderr.write(f"{reason}\n")
     if module == ESSENTIAL:

@@ -14,7 +14,7 @@ class Patch(NamedTuple):
 
     target: str  # module:name, or module:class.name
     replacement: Optional[Callable]  # called with the original first; None where the target is only relied upon
-    parameters: str  # that the target must begin with, separated by blanks
+    parameters: str  # that the target must begin with, separated by blanks; of several versions by |
     reason: str
     until: str  # what upstream would have to have for the row to go
     host: Optional[str] = None  # the LLaVA that has it, where others have not even its module
@@ -45,9 +45,10 @@ def check_row(row: Patch) -> Tuple[str, str]:
         return "changed", f"expected a function, found {type(found).__name__}"
     if isinstance(found, classmethod):
         parameters = parameters[1:]
-    expected = tuple(row.parameters.split())
-    if parameters[: len(expected)] != expected:
-        return "changed", f"expected parameters ({', '.join(expected)}), found ({', '.join(parameters)})"
+    versions = [tuple(version.split()) for version in row.parameters.split("|")]
+    if not any(parameters[: len(expected)] == expected for expected in versions):
+        wanted = " or ".join(f"({', '.join(expected)})" for expected in versions)
+        return "changed", f"expected parameters {wanted}, found ({', '.join(parameters)})"
     if row.replacement is None:
         return "ok", "relied upon"
     return "ok", "patched" if row.target in _originals else "not patched"
@@ -86,6 +87,8 @@ def replace(target: str, replacement: Callable) -> None:
         function: Any = classmethod(
             stand_in(call, lambda cls, *args, **kwargs: replacement(functools.partial(call, cls), *args, **kwargs))
         )
+    elif isinstance(original, staticmethod):
+        function = staticmethod(_stand_in(original.__func__, replacement))
     else:
         function = _stand_in(original, replacement)
         home = sys.modules.get(getattr(original, "__module__", ""))

@@ -29,8 +29,9 @@ class Tower(NamedTuple):
     on_hub: str  # expression that matches the names which LLaVA looks for on the hub
     has_cls: bool
     num_deleted: int  # blocks at the end that LLaVA's tower deletes
-    num_masks: int  # that a block takes after the hidden state; a vision tower has none
-    embed: Callable[[Any, torch.Tensor], torch.Tensor]  # pictures to hidden_states[0], by the model's `vision_model`
+    tokens_first: bool  # whether a map in memory is [B, N, C]; a convolution that nothing follows leaves [B, C, N]
+    masks: Tuple[str, ...]  # that a block takes after the hidden state; a vision tower has none
+    embed: Callable[[Any, torch.Tensor], torch.Tensor]  # pictures to hidden_states[0], by what has the `encoder`
 
     def transformers_class(self, ending: str) -> Any:
         """Such as `CLIPVisionModel` for VisionModel."""
@@ -41,9 +42,10 @@ class Tower(NamedTuple):
 
 # fmt: off
 TOWERS: Dict[str, Tower] = {
-    "CLIP": Tower(("clip", "clip_vision_model"), "CLIP", r"openai|laion|.*ShareGPT4V", True, 0, 2,
+    "CLIP": Tower(("clip", "clip_vision_model"), "CLIP", r"openai|laion|.*ShareGPT4V", True, 0, True,
+                  ("attention_mask", "causal_attention_mask"),
                   lambda vision, pixel_values: vision.pre_layrnorm(vision.embeddings(pixel_values))),
-    "SigLIP": Tower(("siglip", "siglip_vision_model"), "Siglip", ".*siglip", False, 1, 1,
+    "SigLIP": Tower(("siglip", "siglip_vision_model"), "Siglip", ".*siglip", False, 1, False, ("attention_mask",),
                     lambda vision, pixel_values: vision.embeddings(pixel_values)),
 }
 # fmt: on
@@ -176,30 +178,35 @@ def capture_layers(model: Any, pixel_values: torch.Tensor, layers: Sequence[int]
         select_feature: ``patch`` or ``cls_patch``.
 
     Returns:
-        [B, N, L*C]: the maps side by side on the channel axis, in the order of `layers`. Behind a CLS that is left out
-        it is a view, as LLaVA's own map is.
+        [B, N, L*C]: the maps side by side on the channel axis, in the order of `layers`, in memory as the model's own
+        maps are: see `Tower.tokens_first`; behind a CLS that is left out a view.
     """
-    row, vision, encoder = TOWERS[str(kind_of(model.config.model_type))], model.vision_model, model.vision_model.encoder
-    masks = (None,) * row.num_masks
+    row, vision = TOWERS[str(kind_of(model.config.model_type))], getattr(model, "vision_model", model)  # flat since 5.x
+    encoder, masks = vision.encoder, dict.fromkeys(row.masks)
     recompute = encoder.gradient_checkpointing and encoder.training and torch.is_grad_enabled()
+    recompute = recompute and not hasattr(encoder.layers[0], "gradient_checkpointing")  # blocks do since 4.53
     in_place = not (is_recorded() or torch.is_grad_enabled() and _has_graph(model, pixel_values))
     hidden = row.embed(vision, pixel_values)
-    maps, out = [], None
+    side, maps, out = 2 if row.tokens_first else 1, [], None  # the dimension along which maps are side by side
     for index in range(layers[-1] + 1):
         if index > 0 and recompute:
             run = getattr(encoder, "_gradient_checkpointing_func", checkpoint)  # transformers < 4.35 has no such name
-            hidden = run(encoder.layers[index - 1].__call__, hidden, *masks)[0]
+            hidden = run(encoder.layers[index - 1].__call__, hidden, *masks.values())
         elif index > 0:
-            hidden = encoder.layers[index - 1](hidden, *masks)[0]
+            hidden = encoder.layers[index - 1](hidden, **masks)
+        hidden = hidden[0] if isinstance(hidden, tuple) else hidden  # some versions of transformers wrap it
         if index not in layers:
             continue
+        kept = hidden if row.tokens_first else hidden.transpose(1, 2)
         if not in_place:
-            maps.append(hidden.to(pixel_values.device))
+            maps.append(kept.to(pixel_values.device))
             continue
         if out is None:  # filled map by map: a concatenation at the end would hold all of them twice
-            out = hidden.new_empty(*hidden.shape[:2], len(layers), hidden.shape[2], device=pixel_values.device)
-        out[:, :, layers.index(index)] = hidden
-    return select_tokens(torch.cat(maps, dim=-1) if out is None else out.flatten(2), select_feature, row.has_cls)
+            shape = [*kept.shape[:side], len(layers), *kept.shape[side:]]
+            out = kept.new_empty(shape, device=pixel_values.device)
+        out.select(side, layers.index(index)).copy_(kept)
+    found = torch.cat(maps, dim=side) if out is None else out.flatten(side, side + 1)
+    return select_tokens(found if row.tokens_first else found.transpose(1, 2), select_feature, row.has_cls)
 
 
 def _has_graph(model: nn.Module, pixel_values: torch.Tensor) -> bool:

@@ -80,8 +80,16 @@ def test_siglip_returns_its_layers_in_llavas_meaning(images):
     out = tower(images)
     assert torch.equal(out, torch.cat([states[i] for i in layers], -1)) and torch.equal(out[..., -32:], plain)
     assert tower(images.bfloat16()).dtype == torch.bfloat16
-    projector = MMFuserProjector.build(MMFuserConfig(num_heads=2), 32, nn.Sequential(nn.Linear(32, 8)))
-    assert torch.equal(projector(out), projector[0](plain)), "a fresh fuser is the identity"
+    tower.bfloat16()
+    projector = MMFuserProjector.build(MMFuserConfig(num_heads=2), 32, nn.Sequential(nn.Linear(32, 64))).bfloat16()
+    for trained in (False, True):  # products of another layout in memory may differ in the last bits
+        tower.requires_grad_(trained)
+        tower.select_layer = list(layers)
+        fused = projector(tower(images.bfloat16()))
+        tower.select_layer = None
+        plain = tower(images.bfloat16())
+        assert torch.equal(fused, projector[0](plain)), "a fresh fuser is the identity"
+    assert not torch.equal(fused, projector[0](plain.contiguous())), "else this shows nothing"
 
 
 @pytest.mark.parametrize("recompute", [False, True], ids=["", "gradient checkpointing"])
@@ -109,13 +117,15 @@ def test_so400m_has_27_x_27_cells_and_heads_of_72_channels():
     sizes = dict(hidden_size=1152, intermediate_size=16, num_hidden_layers=3, num_attention_heads=16)
     model = SiglipVisionModel(SiglipVisionConfig(image_size=384, patch_size=14, **sizes)).eval()
     with torch.no_grad():
-        features = capture_layers(model, torch.rand(1, 3, 384, 384), [1, 2], "patch")
+        pixels = torch.rand(1, 3, 384, 384)
+        features = capture_layers(model, pixels, [1, 2], "patch")
+        own = model(pixels, output_hidden_states=True).hidden_states[2]
     assert features.shape == (1, 27 * 27, 2 * 1152)
     settings = MMFuserConfig(layers="1,2").resolve(TowerConfig("SigLIP", 1152, 3, 1))
     projector = MMFuserProjector.build(settings, 1152, nn.Sequential(nn.Linear(1152, 8)))
     assert projector.fuser.cross_attn.value_proj.out_features // settings.num_heads == 72
     with torch.no_grad():
-        assert torch.equal(projector(features), projector[0](features[..., 1152:].contiguous()))
+        assert torch.equal(projector(features), projector[0](own))
         projector.fuser.cross_gate.scale.fill_(0.5)
         assert projector(features).isfinite().all()
 
