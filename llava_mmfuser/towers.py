@@ -99,7 +99,8 @@ def check_features(source: Any, kind: Optional[str] = None) -> None:
         kind: of the tower, a key of `TOWERS`; None where it is not known.
 
     Raises:
-        ValueError: ``s2``, or a ``mm_vision_select_feature`` other than `SELECT_FEATURES` or that the tower lacks.
+        ValueError: ``s2``; a ``mm_resampler_type``; a ``mm_vision_select_feature`` other than `SELECT_FEATURES`, or that
+            the tower lacks.
     """
     if read_setting(source, "s2") or hasattr(source, "forward_feature"):  # several scales side by side
         raise ValueError(f"s2=True together with mm_projector_type={PROJECTOR_TYPE} is not supported; set s2 to False")
@@ -107,6 +108,12 @@ def check_features(source: Any, kind: Optional[str] = None) -> None:
     if select_feature not in SELECT_FEATURES:
         allowed = " or ".join(SELECT_FEATURES)
         raise ValueError(f"mm_vision_select_feature={select_feature!r} is not allowed; use {allowed}")
+    resampler = read_setting(source, "mm_resampler_type")
+    if resampler is not None:
+        raise ValueError(
+            f"mm_resampler_type={resampler!r} together with mm_projector_type={PROJECTOR_TYPE} is not supported, "
+            f"because LLaVA-NeXT takes the projector's width from it; drop the flag"
+        )
     if kind is not None and select_feature != "patch" and not TOWERS[kind].has_cls:
         raise ValueError(f"mm_vision_select_feature={select_feature!r}, but a {kind} tower has no CLS; use patch")
 

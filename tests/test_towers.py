@@ -176,6 +176,12 @@ def test_tokens_that_a_tower_lacks_are_refused():
         check_features(dict(mm_vision_select_feature="cls_patch"), "SigLIP")
 
 
+def test_resampler_is_refused():
+    check_features(dict(mm_resampler_type=None))
+    with pytest.raises(ValueError, match="mm_resampler_type='spatial_pool' together with mm_projector_type=mmfuser"):
+        check_features(dict(mm_resampler_type="spatial_pool"))
+
+
 def test_places_where_llava_finds_a_tower(tmp_path):
     for name in ("openai/clip-vit-large-patch14-336", "google/siglip-so400m-patch14-384", "Lin-Chen/ShareGPT4V-13B"):
         check_tower_is_there(dict(mm_vision_tower=name))

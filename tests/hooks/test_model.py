@@ -504,6 +504,20 @@ def test_a_tower_of_several_scales_is_refused(world):
         model.get_model().initialize_vision_modules(arguments(world))
 
 
+def test_a_tower_of_a_class_that_is_not_hooked_is_refused(world, monkeypatch):
+    class MLCDVisionTower(torch.nn.Module):
+        """Of LLaVA-NeXT, in so far as it matters."""
+
+        hidden_size, select_layer, is_loaded = 64, -2, True
+        vision_tower_name = config = None
+
+    monkeypatch.setattr(llava_arch, "build_vision_tower", lambda *_, **__: MLCDVisionTower())
+    with pytest.raises(
+        ValueError, match="MLCDVisionTower returns one layer; with mm_projector_type=mmfuser use a tower"
+    ):
+        model_with(world)
+
+
 def test_projector_answers_as_llavas_own():
     plain = build_vision_projector(projector_config(mm_projector_type="mlp2x_gelu"))
     fused = build_vision_projector(projector_config())
