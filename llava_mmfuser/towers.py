@@ -99,7 +99,7 @@ def check_features(source: Any, kind: Optional[str] = None) -> None:
         kind: of the tower, a key of `TOWERS`; None where it is not known.
 
     Raises:
-        ValueError: ``s2``; a ``mm_resampler_type``; a ``mm_vision_select_feature`` other than `SELECT_FEATURES`, or that
+        ValueError: ``s2``; ``mm_resampler_type``; a ``mm_vision_select_feature`` other than `SELECT_FEATURES`, or that
             the tower lacks.
     """
     if read_setting(source, "s2") or hasattr(source, "forward_feature"):  # several scales side by side

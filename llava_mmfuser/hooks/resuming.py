@@ -102,8 +102,9 @@ def save_checkpoint(original, self, model, trial, metrics=None):
 
     engine = self.model_wrapped
     trained_only = _replaced(engine, "save_checkpoint", exclude_frozen_parameters=True)
+    known = {} if metrics is None else {"metrics": metrics}  # transformers has no such parameter since 4.47
     with trained_only if self.is_deepspeed_enabled else contextlib.nullcontext():
-        return Trainer._save_checkpoint(self, model, trial, metrics=metrics)
+        return Trainer._save_checkpoint(self, model, trial, **known)
 
 
 def save_model(original, self, output_dir=None, _internal_call=False):

@@ -449,3 +449,15 @@ for name in inputs:
 def test_every_input_is_as_without_a_fuser_and_reaches_all_layers(next_world, tmp_path):
     printed = in_next(next_world, tmp_path, INPUTS, next_world / "clip").stdout
     assert printed.count("== done") == 17
+
+
+def test_source_patch_fits_and_needs_no_hook(next_world, tmp_path, monkeypatch):
+    vendored = tmp_path / "vendored"
+    for name in ("llava", "trl"):
+        shutil.copytree(os.path.join(CHECKOUT, name), vendored / name)
+    patch = next((host.ROOT / "patches").glob("*.patch"))
+    host.run(["git", "apply", patch], cwd=vendored, env=dict(os.environ, GIT_CEILING_DIRECTORIES=str(tmp_path)))
+    monkeypatch.setattr(sys.modules[__name__], "CHECKOUT", str(vendored))
+    script = "import llava, llava_mmfuser\nprint(llava.__file__, llava_mmfuser.status()['active'])"
+    printed = in_next(next_world, tmp_path, script, LLAVA_MMFUSER_DISABLE="1").stdout
+    assert f"{vendored / 'llava' / '__init__.py'} True" in printed
