@@ -112,7 +112,7 @@ def parse_args_into_dataclasses(original, self, *args, **kwargs):
     if model_args is not None and training_args is not None:
         run = getattr(model_args, RUN, None)
         if run is not None:
-            _check_trained(run, training_args)
+            _check_trained(run, model_args, training_args)
         if model_args.vision_tower is not None:
             _check_output_dir(model_args, training_args, run)
         if model_args.mm_projector_type == PROJECTOR_TYPE:
@@ -120,7 +120,7 @@ def parse_args_into_dataclasses(original, self, *args, **kwargs):
     return parsed
 
 
-def _check_trained(run: Run, training_args: Any) -> None:
+def _check_trained(run: Run, model_args: Any, training_args: Any) -> None:
     """Refuse to freeze a fuser that no weights come for, unless it cannot be known yet."""
     known = bool(run.start) and run.start.get("mm_projector_type") != PROJECTOR_TYPE
     brought = any(name.startswith("fuser.") for name in run.adapter or ())
