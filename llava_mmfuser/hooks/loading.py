@@ -25,7 +25,11 @@ logger = logging.getLogger("llava_mmfuser")
 def initialize_weights(original, self, module, *args, **kwargs):
     """Parameters that a checkpoint lacked, and models made without one: the fuser's modules know their own values."""
     if isinstance(module, Resettable) and not getattr(module, "_is_hf_initialized", False):
+        own = module.parameters(recurse=False)  # since transformers 5 each is marked, and has been read by then
+        loaded = [(value, value.detach().clone()) for value in own if getattr(value, "_is_hf_initialized", False)]
         module.reset_parameters()
+        for value, kept in loaded:
+            value.detach().copy_(kept)
         module._is_hf_initialized = True  # type: ignore[assignment]  # PyTorch types attributes as tensors and modules
     else:
         original(self, module, *args, **kwargs)
