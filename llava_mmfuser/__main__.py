@@ -25,7 +25,7 @@ def main() -> int:
     run.add_argument("arguments", nargs=argparse.REMAINDER, help="passed on unchanged")
     text = "show which hidden_states indices each named set of layers has in a vision tower"
     layers = commands.add_parser("layers", help=text, description=text)
-    layers.add_argument("tower", help="number of blocks, such as 24, or name or folder of a CLIP vision tower")
+    layers.add_argument("tower", help="number of blocks, such as 24, or name or folder of a vision tower")
     layers.add_argument(
         "--mm_vision_select_layer", dest="query", type=int, default=-2, help="the query layer. If not given: -2."
     )
@@ -123,16 +123,17 @@ def _boolean(text: str) -> bool:
 
 def _layers(options: argparse.Namespace) -> int:
     if re.fullmatch(r"[+-]?\d+", options.tower):
-        blocks = int(options.tower[:4000])  # more digits than Python converts are too many blocks, too
-        check_count(blocks, MAX_LAYERS, "blocks")
+        blocks = (int(options.tower[:4000]), 0)  # more digits than Python converts are too many blocks, too
+        check_count(blocks[0], MAX_LAYERS, "blocks")
     else:
         from .towers import tower_config
 
-        blocks = tower_config(options.tower).num_hidden_layers
-    Layers((options.query,), setting="mm_vision_select_layer").resolve(blocks)  # refuses a query that does not exist
+        tower = tower_config(options.tower)
+        blocks = (tower.num_hidden_layers, tower.num_deleted)
+    Layers((options.query,), setting="mm_vision_select_layer").resolve(*blocks)  # refuses a query that does not exist
     for name in LAYER_SETS:
         try:
-            layers = str(Layers.parse_listed(name, options.query).resolve(blocks))
+            layers = str(Layers.parse_listed(name, options.query).resolve(*blocks))
         except ValueError:
             layers = "none below this layer"
         _say(f"{name:8} {layers}")

@@ -11,6 +11,7 @@ TRIGGERS = ("llava.model.llava_arch", "llava.model.builder", "llava.train.llava_
 # Modules that a trigger has imported by then; read anew (importlib.reload), they are patched with their trigger.
 SOURCES = {
     "llava.model.multimodal_encoder.clip_encoder": TRIGGERS[0],
+    "llava.model.multimodal_encoder.siglip_encoder": TRIGGERS[0],
     "llava.model.multimodal_projector.builder": TRIGGERS[0],
 }
 DISABLE = "LLAVA_MMFUSER_DISABLE"

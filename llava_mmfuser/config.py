@@ -99,6 +99,12 @@ class MMFuserConfig:
                 f"mm_patch_merge_type={merge_type} together with mm_fuser_fusion=token_concat is not supported, "
                 f"because its tokens are no single map; use flat"
             )
+        pooling = getattr(arguments, "mm_spatial_pool_mode", None)  # a flag of LLaVA-NeXT with a default
+        if self.fusion == "token_concat" and pooling is not None:
+            raise ValueError(
+                f"mm_spatial_pool_mode={pooling} together with mm_fuser_fusion=token_concat is not supported, because "
+                f"LLaVA-NeXT would pool its tokens as those of one square map; use another mm_fuser_fusion"
+            )
 
     def build(self, hidden_size: int, out_features: int) -> Any:
         """A fresh fusion of these settings.
@@ -127,14 +133,15 @@ class MMFuserConfig:
         )
 
     def resolve(self, vision_config: Any) -> "MMFuserConfig":
-        """Check the settings against a CLIP vision config and return them with explicit, non-negative layers.
+        """Check the settings against a `TowerConfig` and return them with explicit, non-negative layers.
 
         Raises:
             ValueError: layers that the tower does not have, or heads that do not divide its width.
         """
         if self.fusion == "mmfuser":
             check_num_heads(vision_config.hidden_size, self.num_heads)
-        return dataclasses.replace(self, layers=self.layers.resolve(vision_config.num_hidden_layers))
+        layers = self.layers.resolve(vision_config.num_hidden_layers, vision_config.num_deleted)
+        return dataclasses.replace(self, layers=layers)
 
     @classmethod
     def from_llava(cls, source: Any) -> "MMFuserConfig":

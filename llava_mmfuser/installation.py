@@ -49,7 +49,9 @@ def status() -> Dict[str, Any]:
                 host, target = module.split(".")[0], row.target.split(":")[0]
                 # Not tried once more: a second import fails for other reasons than the first.
                 skip = reason is not None and target.split(".")[0] == host and target not in sys.modules
-                state, detail = ("missing", reason) if skip else llava_patch.state_of(row)
+                state, detail = ("missing", str(reason)) if skip else llava_patch.state_of(row)
+                if skip and row.host is not None:
+                    state = "absent"
                 found["targets"].append((row.target, state, detail))
         found["active"] = found["reason"] is None
         found["llava"] = folder_of(llava_patch.ESSENTIAL)

@@ -119,17 +119,18 @@ class Layers(tuple):
             )
         return self[-1] + 1 if self.name == "all" else NUM_UNIFORM_LAYERS if self.name else len(self)
 
-    def resolve(self, num_hidden_layers: int) -> "Layers":
+    def resolve(self, num_hidden_layers: int, num_deleted: int = 0) -> "Layers":
         """All layers as non-negative, ascending indices of one tower.
 
         A query alone gets the uniform set below it: ViT-L's 23 gives 3, 8, 13, 18, 23 (paper, section 4.1).
 
         Args:
-            num_hidden_layers: number of blocks of the tower; valid indices are -(n+1) … n.
+            num_hidden_layers: number of blocks of the whole tower; valid indices are -(n+1) … n.
+            num_deleted: how many of them, at the end, LLaVA deletes.
 
         Raises:
-            ValueError: an index out of range, duplicates, an order that is not shallow to deep, or a query so shallow
-                that the set does not fit below it.
+            ValueError: an index out of range or behind a deleted block, duplicates, an order that is not shallow to
+                deep, or a query so shallow that the set does not fit below it.
         """
         size = num_hidden_layers + 1
         for index in self:
@@ -137,6 +138,13 @@ class Layers(tuple):
                 raise ValueError(
                     f"{self.setting}={self}: layer {index} does not exist; this vision tower has {num_hidden_layers} "
                     f"blocks, so hidden_states indices go from 0 to {num_hidden_layers} or from {-size} to -1"
+                )
+            if index % size > num_hidden_layers - num_deleted:
+                raise ValueError(
+                    f"{self.setting}={self}: layer {index} is not computed, because LLaVA deletes the last "
+                    f"{num_deleted} of this vision tower's {num_hidden_layers} blocks; its own layer is "
+                    f"{-1 - num_deleted}, which is also the last, so hidden_states indices go from 0 to "
+                    f"{num_hidden_layers - num_deleted} or from {-size} to {-1 - num_deleted}"
                 )
         resolved = [index % size for index in self]
         if self.name is None:

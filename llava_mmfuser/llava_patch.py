@@ -15,6 +15,7 @@ from .hooks import arguments, loading, model, optimizer, resuming, run, tower
 from .patching import Patch, applied, check_row, folder_of, replace, restore
 
 _CLIP_TOWER = "llava.model.multimodal_encoder.clip_encoder:CLIPVisionTower"
+_SIGLIP, _NEXT = "llava.model.multimodal_encoder.siglip_encoder", "LLaVA-NeXT"
 _PRETRAINED = "transformers.modeling_utils:PreTrainedModel"
 _PARSER = "transformers.hf_argparser:HfArgumentParser"
 _LLAVA_TRAINER = "llava.train.llava_trainer:LLaVATrainer"
@@ -24,7 +25,7 @@ _LIST, _REGISTRY = "its tower takes a list of layers", "LLaVA has a registry of 
 _PLUGIN_FLAGS, _RATES, _RESUME = "LLaVA takes flags of plugins", "LLaVA has a rate per module", "stage 1 can be resumed"
 
 # Module of LLaVA, after whose import they are applied -> rows: what is replaced, by what (None: only relied upon), the
-# parameters it must have, why, and until when.
+# parameters it must have, why, until when, and whose it is, if not every LLaVA's.
 # fmt: off
 PATCHES = {
     "llava.model.llava_arch": (
@@ -34,6 +35,13 @@ PATCHES = {
               "not replaced, but a tower with a fuser gives it several layers", _LIST),
         Patch(_CLIP_TOWER + ".forward", None, "self images",
               "not replaced, but a tower with a fuser runs it with its own answer to `self.vision_tower(…)`", _LIST),
+        Patch(_SIGLIP + ":SigLipVisionTower.__init__", tower.init_siglip,
+              "self vision_tower vision_tower_cfg delay_load",
+              "the same for LLaVA-NeXT's SigLIP", _LIST, _NEXT),
+        Patch(_SIGLIP + ":SigLipVisionTower.forward", None, "self images",
+              "not replaced, but run as that of CLIP", _LIST, _NEXT),
+        Patch(_SIGLIP + ":SigLipEncoderLayer.forward", None, "self hidden_states attention_mask",
+              "not replaced, but its blocks are called one by one", _LIST, _NEXT),
         Patch("llava.model.multimodal_projector.builder:build_vision_projector", model.build_vision_projector,
               "config delay_load kwargs",
               "knows mm_projector_type=mmfuser", _REGISTRY),
@@ -46,7 +54,9 @@ PATCHES = {
               "fuser weights missing from a checkpoint start as identity",
               "transformers leaves it to a module how it starts"),
         Patch(_PRETRAINED + "._load_pretrained_model", loading.load_pretrained_weights,
-              "model state_dict loaded_keys resolved_archive_file pretrained_model_name_or_path",
+              "model state_dict loaded_keys resolved_archive_file pretrained_model_name_or_path"  # transformers < 4.50
+              "| model state_dict checkpoint_files pretrained_model_name_or_path"  # < 5
+              "| model state_dict checkpoint_files load_config",
               "weights must fit config.json; says where the fuser's came from",
               "LLaVA refuses weights that do not fit"),
         Patch(_PARSER + ".__init__", arguments.parser_init, "self dataclass_types",
@@ -55,7 +65,8 @@ PATCHES = {
               "the run's seed for a fresh fuser; the checkpoints that a run starts from and resumes must fit its flags",
               _PLUGIN_FLAGS),
         Patch("transformers.models.clip.modeling_clip:CLIPEncoderLayer.forward", None,
-              "self hidden_states attention_mask causal_attention_mask",
+              "self hidden_states attention_mask causal_attention_mask"
+              "| self hidden_states attention_mask kwargs",  # transformers >= 5
               "not replaced, but its blocks are called one by one", "transformers can stop a ViT at a block"),
     ),
     "llava.model.builder": (
@@ -87,6 +98,7 @@ PATCHES = {
 # fmt: on
 PURPOSES = dict(zip(PATCHES, ("models", "loading", "training")))
 ESSENTIAL = "llava.model.llava_arch"
+FITS = "LLaVA 1.1.3 to 1.2.2.post1 and main, or LLaVA-NeXT, with transformers 4.31 to 5.24"
 SWALLOWED = ("llava.model.language_model.llava_llama",)  # imported by LLaVA under `except: pass`
 
 
@@ -103,14 +115,14 @@ def apply(module: str) -> None:
         return
     _log_to_stderr()
     states = [(row, *check_row(row)) for row in PATCHES[module]]
-    problems = [f"{row.target}: {detail}" for row, state, detail in states if state != "ok"]
+    problems = [f"{row.target}: {detail}" for row, state, detail in states if state not in ("ok", "absent")]
+    rows = [(row.target, row.replacement) for row, state, _ in states if state == "ok" and row.replacement is not None]
     if not problems:
         try:
-            for row in PATCHES[module]:
-                if row.replacement is not None:
-                    replace(row.target, row.replacement)
+            for target, replacement in rows:
+                replace(target, replacement)
         except Exception as error:
-            restore(row.target for row in PATCHES[module])
+            restore(target for target, _ in rows)
             problems = [f"{type(error).__name__}: {error}"]
     if not problems:
         applied[module] = None
@@ -118,7 +130,7 @@ def apply(module: str) -> None:
     applied[module] = reason = (
         f"llava_mmfuser does not fit this LLaVA ({folder_of(module)}), whose {module} is left unpatched: "
         f"{'; '.join(problems)}. `python -m llava_mmfuser status` shows every row; "
-        f"use LLaVA 1.2.2.post1 or main, or report the change."
+        f"what fits: {FITS}. Use that, or report the change."
     )
     sys.stderr.write(f"{reason}\n")
     if module == ESSENTIAL:
@@ -140,7 +152,7 @@ def why_unpatched(module: str) -> Optional[str]:
 
 
 def state_of(row: Patch) -> Tuple[str, str]:
-    """State of a row, ``ok``, ``missing`` or ``changed``, and what was found. Imports what it names."""
+    """See `check_row`."""
     state, detail = check_row(row)
     return state, "refuses mmfuser" if detail == "patched" and applied.get(ESSENTIAL) else detail
 
@@ -154,8 +166,8 @@ def _refuse_mmfuser(reason: str) -> None:
         return original(*args, **kwargs)
 
     for row in PATCHES[ESSENTIAL]:
-        reads_type = row.replacement in (tower.init, model.build_vision_projector, model.initialize_vision_modules)
-        if reads_type and check_row(row)[0] != "missing":
+        readers = (tower.init, tower.init_siglip, model.build_vision_projector, model.initialize_vision_modules)
+        if row.replacement in readers and check_row(row)[0] not in ("missing", "absent"):
             replace(row.target, refuse)
 
 

@@ -14,9 +14,10 @@ class Patch(NamedTuple):
 
     target: str  # module:name, or module:class.name
     replacement: Optional[Callable]  # called with the original first; None where the target is only relied upon
-    parameters: str  # that the target must begin with, separated by blanks
+    parameters: str  # that the target must begin with, separated by blanks; of several versions by |
     reason: str
     until: str  # what upstream would have to have for the row to go
+    host: Optional[str] = None  # the LLaVA that has it, where others have not even its module
 
 
 # Module of LLaVA -> None, or why its rows were not applied; kept by `llava_patch.apply`.
@@ -27,11 +28,14 @@ _places: Dict[str, List[Tuple[Any, str]]] = {}
 
 
 def check_row(row: Patch) -> Tuple[str, str]:
-    """State of a row's target, ``ok``, ``missing`` or ``changed``, and what was expected and found. Imports it."""
+    """State of a row's target, ``ok``, ``absent`` (of another LLaVA), ``missing`` or ``changed``, and what was expected
+    and found. Imports it."""
     try:
         owner, name = _owner(row.target)
         found = _originals.get(row.target) or inspect.getattr_static(owner, name)
     except (ImportError, AttributeError) as error:
+        if row.host is not None and getattr(error, "name", None) == row.target.partition(":")[0]:
+            return "absent", f"{row.host} has it"
         return "missing", f"not found ({error})"
     except (Exception, SystemExit) as error:  # of the code of a module that is being imported
         return "missing", f"cannot be imported ({type(error).__name__}: {' '.join(str(error).split())})"
@@ -41,9 +45,10 @@ def check_row(row: Patch) -> Tuple[str, str]:
         return "changed", f"expected a function, found {type(found).__name__}"
     if isinstance(found, classmethod):
         parameters = parameters[1:]
-    expected = tuple(row.parameters.split())
-    if parameters[: len(expected)] != expected:
-        return "changed", f"expected parameters ({', '.join(expected)}), found ({', '.join(parameters)})"
+    versions = [tuple(version.split()) for version in row.parameters.split("|")]
+    if not any(parameters[: len(expected)] == expected for expected in versions):
+        wanted = " or ".join(f"({', '.join(expected)})" for expected in versions)
+        return "changed", f"expected parameters {wanted}, found ({', '.join(parameters)})"
     if row.replacement is None:
         return "ok", "relied upon"
     return "ok", "patched" if row.target in _originals else "not patched"
@@ -82,6 +87,8 @@ def replace(target: str, replacement: Callable) -> None:
         function: Any = classmethod(
             stand_in(call, lambda cls, *args, **kwargs: replacement(functools.partial(call, cls), *args, **kwargs))
         )
+    elif isinstance(original, staticmethod):
+        function = staticmethod(_stand_in(original.__func__, replacement))
     else:
         function = _stand_in(original, replacement)
         home = sys.modules.get(getattr(original, "__module__", ""))
@@ -104,6 +111,11 @@ def restore(targets: Optional[Iterable[str]] = None) -> None:
             original = _originals.pop(target)
             for place in _places.pop(target):
                 setattr(*place, original)
+
+
+def is_replaced(path: str) -> bool:
+    """Whether the function at this path in its module, such as ``Class.name``, is replaced in any."""
+    return any(target.partition(":")[2] == path for target in _originals)
 
 
 def folder_of(module: str) -> Optional[str]:

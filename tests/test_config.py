@@ -9,8 +9,9 @@ import pytest
 from llava_mmfuser import MMFuserConfig
 from llava_mmfuser import __main__ as command_line
 from llava_mmfuser.layers import Layers, spell
+from llava_mmfuser.towers import TowerConfig
 
-VIT_L = SimpleNamespace(num_hidden_layers=24, hidden_size=1024)
+VIT_L = TowerConfig("CLIP", 1024, 24, 0)
 
 
 @pytest.mark.parametrize(
@@ -181,14 +182,14 @@ def test_select_layer_none_is_left_alone():
     ],
 )
 def test_named_sets(blocks, query, expected):
-    tower = SimpleNamespace(hidden_size=1024, num_hidden_layers=blocks)
+    tower = TowerConfig("CLIP", 1024, blocks, 0)
     for name, layers in expected.items():
         given = SimpleNamespace(mm_fuser_layers=name, mm_vision_select_layer=query)
         assert spell(MMFuserConfig.from_llava(given).resolve(tower).layers) == layers, name
 
 
 def test_named_sets_that_do_not_fit_or_do_not_exist_are_refused():
-    tower = SimpleNamespace(hidden_size=1024, num_hidden_layers=4)
+    tower = TowerConfig("CLIP", 1024, 4, 0)
     for name, query in (("shallow", 3), ("middle", 3), ("middle", 4)):
         given = SimpleNamespace(mm_fuser_layers=name, mm_vision_select_layer=query)
         with pytest.raises(ValueError, match=f"mm_fuser_layers={name}: there is no {name} set of .*{query}"):

@@ -62,6 +62,11 @@ class Fusion(nn.Module):
             raise ValueError(f"{tokens} tokens are neither a square map nor one with CLS in front")
         patches = [layer[:, 1:] for layer in layers] if has_cls else layers
         fused = self(patches)
+        # In memory as LLaVA's own map, of which PyTorch makes other products in the last bits than of a copy.
+        if features.stride(1) < features.stride(2):  # channels before tokens
+            fused = fused.transpose(1, 2).contiguous().transpose(1, 2)
+        elif features.stride(0) != tokens * features.stride(1):  # a view behind CLS
+            fused = F.pad(fused, (0, 0, 1, 0))[:, 1:]
         if has_cls:
             fused = torch.cat([layers[-1][:, :1], fused], dim=1)
         out = first_layer(fused)

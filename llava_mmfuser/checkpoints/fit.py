@@ -198,12 +198,12 @@ def check_tower(config: Any, vision_config: Any) -> None:
         raise ValueError("config.json has no mm_vision_select_layer, which LLaVA asks for; write the query layer there")
     if listed is None:
         return
-    blocks, query = vision_config.num_hidden_layers, Layers.parse(select_layer)
-    layers = Layers.parse_listed(listed, select_layer).resolve(blocks)
+    blocks, deleted, query = vision_config.num_hidden_layers, vision_config.num_deleted, Layers.parse(select_layer)
+    layers = Layers.parse_listed(listed, select_layer).resolve(blocks, deleted)
     if query.name:
-        same = Layers(query, setting=query.setting).resolve(blocks)[-1] == layers[-1]
+        same = Layers(query, setting=query.setting).resolve(blocks, deleted)[-1] == layers[-1]
     else:
-        same = query.resolve(blocks) == layers
+        same = query.resolve(blocks, deleted) == layers
     if not same:
         raise ValueError(
             f"mm_fuser_layers={spell(listed)} and mm_vision_select_layer={query} do not end at the same layer "

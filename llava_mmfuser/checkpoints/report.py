@@ -146,6 +146,6 @@ def _fit_lines(config: Mapping[str, Any], projectors: Mapping[str, Mapping[str, 
         if fused and has_weights and not any(name.startswith("fuser.") for name in weights):
             yield f"warning: {label} has no weights of the fuser, which starts as the identity"
     if fused:
-        check_features(config)
+        check_features(config, None if tower is None else tower.kind)
         if tower is not None:
             check_tower(config, tower)

@@ -4,7 +4,8 @@ import contextlib
 import inspect
 import logging
 import os
-from typing import Any, Dict, Optional
+from types import SimpleNamespace
+from typing import Any, Dict, List, Optional
 
 from ..block.leaves import Resettable, materialize
 from ..checkpoints.adapter import match_adapter, read_adapter
@@ -24,15 +25,21 @@ logger = logging.getLogger("llava_mmfuser")
 def initialize_weights(original, self, module, *args, **kwargs):
     """Parameters that a checkpoint lacked, and models made without one: the fuser's modules know their own values."""
     if isinstance(module, Resettable) and not getattr(module, "_is_hf_initialized", False):
+        own = module.parameters(recurse=False)  # since transformers 5 each is marked, and has been read by then
+        loaded = [(value, value.detach().clone()) for value in own if getattr(value, "_is_hf_initialized", False)]
         module.reset_parameters()
+        for value, kept in loaded:
+            value.detach().copy_(kept)
         module._is_hf_initialized = True  # type: ignore[assignment]  # PyTorch types attributes as tensors and modules
     else:
         original(self, module, *args, **kwargs)
 
 
 def load_pretrained_weights(original, *args, **kwargs):
-    given = inspect.signature(original).bind(*args, **kwargs).arguments
-    _check_weights(given)
+    given = dict(inspect.signature(original).bind(*args, **kwargs).arguments)
+    given.update(vars(given.pop("load_config", SimpleNamespace())))  # some of the arguments, since transformers 5
+    keys = _loaded_keys(given)
+    _check_weights(given, keys)
     loaded = original(*args, **kwargs)
     for projector in given["model"].modules():
         if isinstance(projector, MMFuserProjector):
@@ -40,27 +47,46 @@ def load_pretrained_weights(original, *args, **kwargs):
             # tied ones and leaves them on the meta device.
             materialize(projector)
             settings = MMFuserConfig.from_llava(given["model"].config)
-            projector.missing = missing_fuser_keys(given["loaded_keys"], projector)
+            projector.missing = missing_fuser_keys(keys, projector)
             report(projector, settings, given["pretrained_model_name_or_path"], projector.missing)
     return loaded
 
 
-def _check_weights(given: Dict[str, Any]) -> None:
+def _files(given: Dict[str, Any]) -> List[str]:
+    """What `_load_pretrained_model` reads, by the name of its argument before and since transformers 4.50."""
+    files = given.get("resolved_archive_file", given.get("checkpoint_files"))
+    return [files] if isinstance(files, str) else files or []
+
+
+def _loaded_keys(given: Dict[str, Any]) -> List[str]:
+    """Names of the weights that `_load_pretrained_model` finds, by the index where there is one; none of a model that
+    is not LLaVA's. Since transformers 4.50 they are not among its arguments."""
+    if "loaded_keys" in given:
+        return given["loaded_keys"]
+    if not hasattr(given["model"], "get_vision_tower"):
+        return []
+    if given.get("sharded_metadata") is not None:
+        return given["sharded_metadata"]["all_checkpoint_keys"]
+    if given["state_dict"] is not None:
+        return list(given["state_dict"])
+    return [weight.name for path in _files(given) for weight in read_weights(*os.path.split(path))]
+
+
+def _check_weights(given: Dict[str, Any], keys: List[str]) -> None:
     """Ask of what `_load_pretrained_model` is about to read whether it fits, if the model or the weights have a fuser.
     Other models than LLaVA's may leave a projector out, as they do without a fuser."""
-    model, path, files = given["model"], given["pretrained_model_name_or_path"], given["resolved_archive_file"]
+    model, path = given["model"], given["pretrained_model_name_or_path"]
     config = vars(model.config)
     if not hasattr(model, "get_vision_tower"):
         return
-    if config.get("mm_projector_type") != PROJECTOR_TYPE and not has_fuser(given["loaded_keys"]):
+    if config.get("mm_projector_type") != PROJECTOR_TYPE and not has_fuser(keys):
         return
     try:
-        if config.get("mm_vision_tower") is None and has_fuser(given["loaded_keys"]):
+        if config.get("mm_vision_tower") is None and has_fuser(keys):
             raise ValueError("config.json has no mm_vision_tower, but the weights hold a fuser; write it there")
         projector = next((module for module in model.modules() if isinstance(module, MMFuserProjector)), None)
         shapes = None if projector is None else projector.shapes()
-        files = [files] if isinstance(files, str) else files or []
-        check_weights(config, shapes, given["loaded_keys"], files, given["state_dict"])
+        check_weights(config, shapes, keys, _files(given), given["state_dict"])
     except ValueError as error:
         raise ValueError(f"{path}: {error}; `python -m llava_mmfuser inspect` shows what is there") from error
 

@@ -61,6 +61,13 @@ def initialize_vision_modules(original, self, model_args, fsdp=None):
     self.config.update(settings.to_llava())
     self.config.mm_fuser_lr = getattr(model_args, "mm_fuser_lr", None)  # as upstream keeps mm_projector_lr
     original(self, model_args, fsdp=fsdp)
+    tower = self.get_vision_tower()
+    if not isinstance(getattr(tower, "select_layer", None), list):  # a class of the host without a row
+        raise ValueError(
+            f"vision_tower={model_args.vision_tower!r}: {type(tower).__name__} returns one layer; with "
+            f"mm_projector_type={PROJECTOR_TYPE} use a tower that LLaVA reads by its CLIPVisionTower or LLaVA-NeXT by "
+            f"its SigLipVisionTower"
+        )
     projector = unwrapped(self.mm_projector)
     if self.mm_projector is not projector:
         self.mm_projector.original_module.requires_grad_(False)  # upstream unfreezes all that is below mm_projector

@@ -75,8 +75,9 @@ def check_trained(fuser: Fusion, trained: Iterable[nn.Parameter]) -> None:
 
 UNTRAINED = (
     "the fuser is still an identity and would not be trained in this run: it would stay one in a checkpoint that calls "
-    "itself mmfuser. Drop --freeze_mm_mlp_adapter (or whatever else freezes model.mm_projector), start from a trained "
-    "fuser (--pretrain_mm_mlp_adapter, or a checkpoint that has one), or write --mm_projector_type mlp2x_gelu"
+    "itself mmfuser. Drop --freeze_mm_mlp_adapter (or whatever else freezes model.mm_projector; LLaVA-NeXT's "
+    "--mm_tunable_parts calls it mm_mlp_adapter), start from a trained fuser (--pretrain_mm_mlp_adapter, or a "
+    "checkpoint that has one), or write --mm_projector_type mlp2x_gelu"
 )
 
 

@@ -69,7 +69,9 @@ def _trainables_file(model: nn.Module) -> Optional[str]:
     """The file in a checkpoint for what is trained besides LoRA; None for a full finetune or without a fuser."""
     if find_projector(model) is None:
         return None
-    if getattr(model.config, "tune_mm_mlp_adapter", False):
+    parts = getattr(model.config, "mm_tunable_parts", None)  # LLaVA-NeXT's, which it asks in the same words
+    alone = parts is not None and "," not in parts and ("mm_mlp_adapter" in parts or "mm_vision_resampler" in parts)
+    if alone or getattr(model.config, "tune_mm_mlp_adapter", False):
         return ADAPTER
     peft = sys.modules.get("peft")
     return NON_LORA if peft and isinstance(model, peft.PeftModel) else None
@@ -100,8 +102,9 @@ def save_checkpoint(original, self, model, trial, metrics=None):
 
     engine = self.model_wrapped
     trained_only = _replaced(engine, "save_checkpoint", exclude_frozen_parameters=True)
+    known = {} if metrics is None else {"metrics": metrics}  # transformers has no such parameter since 4.47
     with trained_only if self.is_deepspeed_enabled else contextlib.nullcontext():
-        return Trainer._save_checkpoint(self, model, trial, metrics=metrics)
+        return Trainer._save_checkpoint(self, model, trial, **known)
 
 
 def save_model(original, self, output_dir=None, _internal_call=False):

@@ -14,17 +14,21 @@ from ..checkpoints.folder import FULL, folder_kind
 from ..config import FLAG_PREFIX, PROJECTOR_TYPE, MMFuserConfig, explicit_settings
 from ..layers import spell
 from ..names import Shapes, expected_shapes
-from ..towers import check_features, tower_config
+from ..patching import folder_of, is_replaced
+from ..towers import TowerConfig, check_features, check_name, tower_config
 from .optimizer import UNTRAINED
 
 RUN, SEED = "mm_fuser_run", "mm_fuser_seed"  # on `ModelArguments`, no flags: the `Run`, and the run's seed
+
+
+HOST_CLASSES = {"CLIP": "CLIPVisionTower", "SigLIP": "SigLipVisionTower"}  # kind of tower -> LLaVA's class
 
 
 class Run(NamedTuple):
     """Read by every hook between the command line and the first step."""
 
     settings: MMFuserConfig  # with explicit layers
-    tower: Any  # config of the vision tower
+    tower: TowerConfig
     start: Mapping[str, Any]  # config.json of the checkpoint that the run starts from; empty where it is not here yet
     adapter: Optional[Dict[str, torch.Tensor]]  # under our names
     shapes: Optional[Shapes]  # that the adapter was compared with; None where they are not known yet
@@ -42,7 +46,8 @@ def resolve_run(model_args: Any, start: Mapping[str, Any]) -> Run:
             an adapter that cannot be read or does not fit.
     """
     check_features(model_args)
-    tower = tower_config(start.get("mm_vision_tower") or model_args.vision_tower)
+    tower = _host_tower(start.get("mm_vision_tower") or model_args.vision_tower)
+    check_features(model_args, tower.kind)
     given = explicit_settings(model_args)
     if start.get("mm_projector_type") == PROJECTOR_TYPE:
         settings = _kept_settings(start, tower, given)
@@ -60,6 +65,18 @@ def resolve_run(model_args: Any, start: Mapping[str, Any]) -> Run:
         except ValueError as error:
             raise ValueError(f"pretrain_mm_mlp_adapter={error}") from error
     return Run(settings, tower, start, adapter, shapes)
+
+
+def _host_tower(name: str) -> TowerConfig:
+    """The config of a vision tower that the LLaVA which is installed can read."""
+    tower = tower_config(name)
+    check_name(name, tower.kind)
+    if not is_replaced(HOST_CLASSES[tower.kind] + ".__init__"):
+        raise ValueError(
+            f"vision_tower={name!r} is a {tower.kind} tower, which this LLaVA ({folder_of('llava')}) does not have; "
+            f"use LLaVA-NeXT (a commit with {HOST_CLASSES[tower.kind]}), or a CLIP tower"
+        )
+    return tower
 
 
 def check_start(model_args: Any) -> None:
@@ -95,7 +112,7 @@ def parse_args_into_dataclasses(original, self, *args, **kwargs):
     if model_args is not None and training_args is not None:
         run = getattr(model_args, RUN, None)
         if run is not None:
-            _check_trained(run, training_args)
+            _check_trained(run, model_args, training_args)
         if model_args.vision_tower is not None:
             _check_output_dir(model_args, training_args, run)
         if model_args.mm_projector_type == PROJECTOR_TYPE:
@@ -103,13 +120,22 @@ def parse_args_into_dataclasses(original, self, *args, **kwargs):
     return parsed
 
 
-def _check_trained(run: Run, training_args: Any) -> None:
+def _check_trained(run: Run, model_args: Any, training_args: Any) -> None:
     """Refuse to freeze a fuser that no weights come for, unless it cannot be known yet."""
     known = bool(run.start) and run.start.get("mm_projector_type") != PROJECTOR_TYPE
     brought = any(name.startswith("fuser.") for name in run.adapter or ())
     fresh = known and not brought and FUSIONS[run.settings.fusion].has_weights
-    if fresh and getattr(training_args, "freeze_mm_mlp_adapter", False):
-        raise ValueError(f"freeze_mm_mlp_adapter=True, but {UNTRAINED}")
+    frozen_by = _frozen_by(model_args, training_args)
+    if fresh and frozen_by is not None:
+        raise ValueError(f"{frozen_by}, but {UNTRAINED}")
+
+
+def _frozen_by(model_args: Any, training_args: Any) -> Optional[str]:
+    """The setting that freezes the projector; in LLaVA-NeXT ``mm_tunable_parts`` decides alone where it is given."""
+    parts = getattr(model_args, "mm_tunable_parts", None)
+    if parts is not None:
+        return None if "mm_mlp_adapter" in parts.split(",") else f"mm_tunable_parts={parts}"
+    return "freeze_mm_mlp_adapter=True" if getattr(training_args, "freeze_mm_mlp_adapter", False) else None
 
 
 def _config_at(path: str) -> Dict[str, Any]:
@@ -138,6 +164,8 @@ def _check_output_dir(model_args: Any, training_args: Any, run: Optional[Run]) -
     now = dict(mm_projector_type=model_args.mm_projector_type, lora_enable=training_args.lora_enable or lora)
     was["tune_mm_mlp_adapter"] = bool(config.get("tune_mm_mlp_adapter"))
     now["tune_mm_mlp_adapter"] = model_args.tune_mm_mlp_adapter
+    was["mm_tunable_parts"] = config.get("mm_tunable_parts")
+    now["mm_tunable_parts"] = getattr(model_args, "mm_tunable_parts", None)
     if fused and run is not None:
         before = MMFuserConfig.from_llava(config).resolve(run.tower)
         name = run.settings.difference(before)
@@ -163,7 +191,7 @@ def _kept_settings(start: Mapping[str, Any], tower: Any, given: Dict[str, Any]) 
     """The checkpoint's own settings; the flags may repeat them, not change them."""
     kept = MMFuserConfig.from_llava(start).resolve(tower)
     if "layers" in given:
-        given = {**given, "layers": given["layers"].resolve(tower.num_hidden_layers)}
+        given = {**given, "layers": given["layers"].resolve(tower.num_hidden_layers, tower.num_deleted)}
     for name, value in given.items():
         if value != getattr(kept, name):
             raise ValueError(

@@ -99,7 +99,7 @@ def preprocess(picture: Image.Image, processor: Any, aspect_ratio: Optional[str]
 
     Args:
         picture: in RGB.
-        processor: the tower's `CLIPImageProcessor`.
+        processor: the tower's image processor.
         aspect_ratio: ``pad`` makes the picture square with bars of the mean colour; ``anyres`` squeezes it, which gives
             the overview that LLaVA-1.6 puts before the tiles; with anything else the processor crops the middle.
 
@@ -115,7 +115,7 @@ def preprocess(picture: Image.Image, processor: Any, aspect_ratio: Optional[str]
         padded.paste(picture, (x, y))
         picture, box = padded, np.array([-x, -y, side - x, side - y], dtype=float)
     elif aspect_ratio == "anyres":
-        side = processor.size["shortest_edge"]
+        side = processor.size.get("shortest_edge") or processor.size["height"]
         picture = picture.resize((side, side))
     pixels = processor.preprocess(picture, return_tensors="pt").pixel_values
     whole = processor.preprocess(picture, return_tensors="pt", do_center_crop=False).pixel_values

@@ -14,7 +14,7 @@ from ..checkpoints.folder import read_checkpoint
 from ..config import MMFuserConfig
 from ..layers import LAYER_SETS, Layers
 from ..names import MARK, differences, is_fused, rename_published, without_wrapper
-from ..towers import CLIP_TYPES, check_features, tower_config
+from ..towers import TOWERS, check_features, kind_of, tower_config
 
 _TOWER_MARK = "vision_tower.vision_tower."
 
@@ -23,8 +23,8 @@ class Model(NamedTuple):
     """A vision tower and a fuser, `MMFuser` or one of its rivals."""
 
     label: str
-    tower: Any  # transformers' CLIPVisionModel
-    processor: Any  # its CLIPImageProcessor
+    tower: Any  # transformers' model of it
+    processor: Any  # its image processor
     fuser: Fusion
     settings: MMFuserConfig  # with explicit layers
     aspect_ratio: Optional[str]  # LLaVA's image_aspect_ratio
@@ -41,7 +41,7 @@ def read_model(
     """Read a vision tower and, where there is one, a fuser; else a fresh fuser, which is the identity.
 
     Args:
-        path: checkpoint, adapter or LoRA folder of any format, released LLaVA, or CLIP tower; or its name on the hub.
+        path: checkpoint, adapter or LoRA folder of any format, released LLaVA, or vision tower; or its name on the hub.
         base: where to look for weights that are not in `path`, as those of a projector that LoRA left frozen.
         vision_tower: the tower, if not ``mm_vision_tower`` of config.json.
         layers: for a model without a fuser, see `Layers.parse`; None takes ``mm_vision_select_layer``, else -2.
@@ -52,7 +52,7 @@ def read_model(
     """
     place = _device(device)
     config = _read_config(path)
-    bare = config.get("model_type") in CLIP_TYPES
+    bare = kind_of(config.get("model_type")) is not None
     name = vision_tower or (path if bare else config.get("mm_vision_tower"))
     if not isinstance(name, str):
         raise ValueError("config.json has no mm_vision_tower; give --vision-tower PATH")
@@ -77,8 +77,8 @@ def read_model(
         notes.append(f"fuser: no weights in {' or '.join(folders)}; a fresh one is shown, which is the identity")
         label += ", fresh fuser"
 
-    tower, processor = _read_tower(name)
-    if config.get("unfreeze_mm_vision_tower"):
+    tower, processor = _read_tower(name, tower_settings.kind)
+    if config.get("unfreeze_mm_vision_tower") or "mm_vision_tower" in (config.get("mm_tunable_parts") or ""):
         weights, source = _stored(folders, _TOWER_MARK)
         if weights:
             _load(tower, {key: value for key, value in weights.items() if not key.endswith("position_ids")}, source)
@@ -94,11 +94,11 @@ def read_model(
 def _read_config(path: str) -> Mapping[str, Any]:
     config = read_config(_folder(path, "config.json"))
     if not isinstance(config, dict):
-        raise ValueError(f"{path} has no config.json with settings; name a folder of a LLaVA or of a CLIP tower")
-    if config.get("model_type") not in CLIP_TYPES and not {"mm_vision_tower", "mm_projector_type"} & set(config):
+        raise ValueError(f"{path} has no config.json with settings; name a folder of a LLaVA or of a vision tower")
+    if kind_of(config.get("model_type")) is None and not {"mm_vision_tower", "mm_projector_type"} & set(config):
         raise ValueError(
             f"{path} has model_type={config.get('model_type')!r} and neither mm_vision_tower nor mm_projector_type in "
-            f"its config.json; name a LLaVA in its original format, or a CLIP tower"
+            f"its config.json; name a LLaVA in its original format, or a {' or '.join(TOWERS)} tower"
         )
     check_features(config)
     return config
@@ -165,16 +165,16 @@ def _load(module: nn.Module, weights: Mapping[str, torch.Tensor], source: str) -
     module.load_state_dict(weights, strict=False)  # all parameters are there; buffers are not stored
 
 
-def _read_tower(name: str) -> Tuple[Any, Any]:
-    """The `CLIPVisionModel` and the `CLIPImageProcessor` of a tower."""
-    from transformers import CLIPImageProcessor, CLIPVisionModel
+def _read_tower(name: str, kind: str) -> Tuple[Any, Any]:
+    """The model and the image processor of a tower, such as a `CLIPVisionModel` and a `CLIPImageProcessor`."""
     from transformers.utils import logging
 
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()  # else it lists every weight of a whole CLIP that is of the text model
     try:
-        tower, info = CLIPVisionModel.from_pretrained(name, output_loading_info=True)
-        processor = CLIPImageProcessor.from_pretrained(name)
+        model, processor_class = map(TOWERS[kind].transformers_class, ("VisionModel", "ImageProcessor"))
+        tower, info = model.from_pretrained(name, output_loading_info=True)
+        processor = processor_class.from_pretrained(name)
     except (OSError, RuntimeError) as error:
         raise ValueError(f"the vision tower {name!r} cannot be read: {error}") from error
     finally:

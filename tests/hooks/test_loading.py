@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 import sys
+from types import SimpleNamespace
 
 import host
 import pytest
@@ -19,6 +20,7 @@ from llava_mmfuser.__main__ import main
 from llava_mmfuser.checkpoints import fit
 from llava_mmfuser.checkpoints.folder import name_from_path
 from llava_mmfuser.checkpoints.report import inspect
+from llava_mmfuser.hooks.loading import _files, _loaded_keys
 
 LAYOUTS = {
     "single": {},
@@ -50,6 +52,18 @@ def take(made, tmp_path):
         return folder
 
     return copied
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_names_of_weights_are_found_where_transformers_hands_over_files_alone(made, layout):
+    """As since 4.50; this environment's names them itself."""
+    files = sorted(str(path) for path in (made / layout).iterdir() if path.suffix in (".safetensors", ".bin"))
+    names = set(load_file(made / "single" / "model.safetensors"))
+    given = dict(model=SimpleNamespace(get_vision_tower=None), state_dict=None, checkpoint_files=files)
+    assert set(_loaded_keys(given)) == names and _files(given) == files
+    assert _loaded_keys({**given, "sharded_metadata": {"all_checkpoint_keys": ["by", "index"]}}) == ["by", "index"]
+    assert _loaded_keys({**given, "state_dict": {"given": None}}) == ["given"]
+    assert _loaded_keys({**given, "model": SimpleNamespace()}) == [], "another model's are not looked at"
 
 
 @pytest.fixture

@@ -529,3 +529,20 @@ def test_command_runs_on_its_own_and_offline(models, picture, tmp_path):
     done = host.run([*command, "--model-path", "someone/llava-of-no-one"], check=False)
     assert done.returncode == 1 and len(done.stdout.splitlines()) == 1
     assert "neither a folder on this machine nor a model that can be downloaded" in done.stdout
+
+
+def test_a_bare_siglip_tower_is_shown(tmp_path):
+    from transformers import SiglipImageProcessor, SiglipVisionConfig, SiglipVisionModel
+
+    sizes = dict(hidden_size=32, intermediate_size=32, num_hidden_layers=7, num_attention_heads=2)
+    tower = SiglipVisionModel(SiglipVisionConfig(image_size=56, patch_size=14, **sizes)).eval()
+    tower.save_pretrained(tmp_path)
+    processor = SiglipImageProcessor(size={"height": 56, "width": 56})
+    processor.save_pretrained(tmp_path)
+    picture = photograph(60, 60)
+    maps = feature_maps(read_model(str(tmp_path)), picture)
+    states = tower(processor(picture, return_tensors="pt").pixel_values, output_hidden_states=True).hidden_states
+    assert maps.indices == (2, 3, 4, 5, 6) and maps.box == (0, 0, 60, 60)
+    for index, found in zip(maps.indices, maps.layers):
+        torch.testing.assert_close(torch.from_numpy(found).flatten(0, 1), states[index][0])
+    assert not maps.difference.any()
