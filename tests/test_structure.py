@@ -27,8 +27,19 @@ ROOMS = {
     "llava_patch": {"config", "hooks", "patching"},
     "activation": {"llava_patch"},
     "installation": {"block", "llava_patch", "patching"},
+    "export": {"block", "config", "layers", "names", "towers", "checkpoints"},
     "visualize": {"block", "config", "layers", "names", "towers", "checkpoints"},
-    "__main__": {"activation", "block", "config", "layers", "installation", "towers", "checkpoints", "visualize"},
+    "__main__": {
+        "activation",
+        "block",
+        "config",
+        "layers",
+        "installation",
+        "towers",
+        "checkpoints",
+        "visualize",
+        "export",
+    },
     "__init__": {},
 }
 
