@@ -57,16 +57,23 @@ class LlavaMMFuserProjector(nn.Module):
         return hidden
 
 
-class _InitialValues(LlavaPreTrainedModel):
-    """Weights of the fuser that a folder lacks start as an identity; transformers would leave raw memory there."""
+def reset_missing(module: nn.Module) -> bool:
+    """Give weights of the fuser that were not loaded their initial values; returns whether it is a module of the fuser.
 
+    Without this, weights that a folder lacks would be what lay in memory.
+    """
+    if isinstance(module, Resettable):
+        own = module.named_parameters(recurse=False)
+        reset(module, [name for name, value in own if not getattr(value, "_is_hf_initialized", False)])
+    return isinstance(module, Resettable)
+
+
+class _InitialValues(LlavaPreTrainedModel):
     config_class = LlavaMMFuserConfig
 
     def _init_weights(self, module: nn.Module) -> None:
-        if not isinstance(module, Resettable):
-            return super()._init_weights(module)
-        own = module.named_parameters(recurse=False)
-        reset(module, [name for name, value in own if not getattr(value, "_is_hf_initialized", False)])
+        if not reset_missing(module):
+            super()._init_weights(module)
 
 
 class LlavaMMFuserModel(_InitialValues, LlavaModel):

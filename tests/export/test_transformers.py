@@ -75,6 +75,15 @@ def test_references_differ_so_that_a_lost_fuser_would_show():
     assert not np.array_equal(with_fuser, shut)
 
 
+@pytest.fixture
+def without_package():
+    """transformers as it is where llava_mmfuser is not installed."""
+    activation = pytest.importorskip("llava_mmfuser.activation", reason="llava_mmfuser is not installed")
+    activation.deactivate()
+    yield activation
+    activation.activate()
+
+
 @pytest.mark.parametrize("name", PLAIN)
 def test_plain_folder_has_no_code(name):
     assert not list((MADE / name).glob("*.py")) and type(load(MADE / name)) is LlavaForConditionalGeneration
@@ -101,13 +110,40 @@ def test_every_auto_class_finds_the_code():
         assert type(model).__name__ == f"LlavaMMFuser{name}" and model.dtype == torch.float16
 
 
-def test_who_does_not_trust_or_know_the_fuser_fails_loudly():
+def test_who_does_not_trust_or_know_the_fuser_fails_loudly(without_package):
     for load_it in (
         lambda: AutoModelForImageTextToText.from_pretrained(MADE / "deformable", trust_remote_code=False),
         lambda: LlavaForConditionalGeneration.from_pretrained(MADE / "deformable"),
     ):
         with pytest.raises((RuntimeError, ValueError), match="size mismatch|ignore_mismatched_sizes"):
             load_it()
+
+
+@pytest.mark.parametrize("name", ["deformable", "window", "deep", "tokens"])
+def test_with_the_package_installed_the_stock_class_has_the_fuser(name, tmp_path, without_package):
+    inputs = AutoProcessor.from_pretrained(MADE / name)(images=pictures()[0], text=PROMPT, return_tensors="pt")
+    expected = load(MADE / name)(**inputs).logits
+    without_package.activate()
+    model = LlavaForConditionalGeneration.from_pretrained(MADE / name, dtype=torch.float32).eval()
+    assert "transformers_modules" not in type(model.model.multi_modal_projector).__module__
+    assert torch.equal(model(**inputs).logits, expected)
+    model.save_pretrained(tmp_path / "again")
+    again = LlavaForConditionalGeneration.from_pretrained(tmp_path / "again").eval()
+    assert torch.equal(again(**inputs).logits, expected)
+    assert torch.equal(load(MADE / name)(**inputs).logits, expected)  # by the folder's code, which goes before
+
+
+def test_with_the_package_installed_plain_folders_are_loaded_as_without_it(without_package):
+    inputs = AutoProcessor.from_pretrained(MADE / "channels")(images=pictures()[0], text=PROMPT, return_tensors="pt")
+    models = [load(MADE / "channels")]
+    without_package.activate()
+    models.append(load(MADE / "channels"))
+    assert torch.equal(*(model(**inputs).logits for model in models))
+    assert len({type(model.model.multi_modal_projector) for model in models}) == 1
+    config = AutoConfig.from_pretrained(MADE / "deformable", **TRUST)
+    stock = LlavaForConditionalGeneration.from_pretrained(MADE / "shut", config=config, dtype=torch.float32)
+    fuser = stock.model.multi_modal_projector.fuser  # whose weights the folder lacks
+    assert fuser.is_identity() and all(p.isfinite().all() and p.abs().max() < 20 for p in fuser.parameters())
 
 
 def test_saved_again_it_carries_its_code_and_loads(tmp_path):
