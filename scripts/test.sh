@@ -51,7 +51,7 @@ prepare() { # name, requirements
 install() { # name, requirements: an environment with this package
     prepare "$@"
     "$envs/$1/bin/pip" install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
-    if [ -x "$envs/$1/bin/ruff" ]; then
+    if [ -x "$envs/$1/bin/mypy" ]; then
         echo "== $1: ruff, mypy"
         "$envs/$1/bin/ruff" check --quiet llava_mmfuser scripts tests setup.py
         "$envs/$1/bin/ruff" format --check --quiet .

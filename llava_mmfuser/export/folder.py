@@ -230,13 +230,13 @@ def _fuser(settings: MMFuserConfig, config: Mapping[str, Any], weights: Mapping[
         ValueError: there are none, or they do not fit.
     """
     projector = {name.split(MARK)[1]: tensor for name, tensor in weights.items() if MARK in name}
-    fuser = settings.build(config["mm_hidden_size"], config["hidden_size"])
     problem = misfit(config, tensors.headers(projector))
-    state = {name[len("fuser.") :]: t.read() for name, t in projector.items() if name.startswith("fuser.")}
-    if not problem and len(state) < len(list(fuser.parameters())):
-        problem = "there are no weights of the fuser"
     if problem:
         raise ValueError(problem)
+    fuser = settings.build(config["mm_hidden_size"], config["hidden_size"])
+    state = {name[len("fuser.") :]: t.read() for name, t in projector.items() if name.startswith("fuser.")}
+    if len(state) < len(list(fuser.parameters())):
+        raise ValueError("the checkpoint has no weights of its fuser; upgrade puts a fresh one into a released LLaVA")
     fuser.load_state_dict(state)
     return fuser
 

@@ -123,7 +123,7 @@ def export_to_llava(source: str, out: str, base: Optional[str] = None, vision_to
         "torch_dtype": weights["lm_head.weight"].dtype,
         "vocab_size": weights["lm_head.weight"].shape[0],
         "hidden_size": weights["lm_head.weight"].shape[1],
-        "mm_hidden_size": (projector.get("0.weight") or projector["weight"]).shape[1],
+        "mm_hidden_size": next(projector[name] for name in ("0.weight", "weight") if name in projector).shape[1],
         "mm_projector_type": "mlp2x_gelu" if settings is None else PROJECTOR_TYPE,
         "mm_vision_tower": name,
         "mm_vision_select_layer": layers if isinstance(layers, int) else layers[-1],
@@ -173,6 +173,7 @@ def _first_layer(checkpoint: Checkpoint) -> Weight:
 def _llava_weights(checkpoint: Checkpoint) -> Tuple[Dict[str, Tensor], Optional[MMFuserConfig]]:
     """All weights under LLaVA's names, and the settings of the fuser, if there is one."""
     config = checkpoint.config
+    _first_layer(checkpoint)  # refuses a folder without a projector
     layers = config.get("vision_feature_layer", -2)
     linear = config.get(FLAG_PREFIX + "projector") == "linear"
     weights = {}

@@ -170,7 +170,7 @@ def test_bases_and_bad_targets_are_refused(take, made, parts, tmp_path, cli):
         assert [path.name for path in tmp_path.iterdir()] == ["other"]
 
 
-def test_quantised_weights_and_loras_that_only_peft_can_merge_are_refused(take, parts, tmp_path, cli):
+def test_incomplete_and_quantised_weights_and_loras_that_only_peft_can_merge_are_refused(take, parts, tmp_path, cli):
     folder = take("lora")
     (folder / "adapter_config.json").write_text(json.dumps({"use_dora": True, "r": 4, "lora_alpha": 8}))
     code, _, complaint = cli("export", folder, tmp_path / "out", "--base", parts / "llama")
@@ -178,10 +178,15 @@ def test_quantised_weights_and_loras_that_only_peft_can_merge_are_refused(take, 
     shutil.rmtree(folder)
     folder = take()
     state = load_file(folder / "model.safetensors")
-    state["model.layers.0.mlp.up_proj.weight"] = torch.ones(4, dtype=torch.uint8)
-    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
-    code, _, complaint = cli("export", folder, tmp_path / "out")
-    assert code == 1 and "model.layers.0.mlp.up_proj.weight is U8" in complaint
+    for changed, reason in (
+        ({name: value for name, value in state.items() if "fuser" not in name}, "no weights of its fuser"),
+        ({name: value for name, value in state.items() if "mm_projector" not in name}, "missing 0.weight"),
+        ({name: value for name, value in state.items() if name != "lm_head.weight"}, "no whole language model"),
+        ({**state, "model.layers.0.mlp.up_proj.weight": torch.ones(4, dtype=torch.uint8)}, "up_proj.weight is U8"),
+    ):
+        save_file(changed, folder / "model.safetensors", metadata={"format": "pt"})
+        code, _, complaint = cli("export", folder, tmp_path / "out")
+        assert code == 1 and reason in complaint and complaint.count("\n") == 1
 
 
 def test_a_full_disk_leaves_nothing_under_the_final_name(made, tmp_path, cli, monkeypatch):
@@ -271,6 +276,13 @@ def test_other_folders_are_refused_on_the_way_back(made, tmp_path, cli):
         code, said, complaint = cli("export", "--to", "llava", *source, tmp_path / "back")
         assert (code, said) == (1, "") and reason in complaint and complaint.count("\n") == 1
     (tmp_path / "native" / "config.json").write_text(json.dumps(config))
+    state = load_file(tmp_path / "native" / "model.safetensors")
+    for gone, reason in (("linear_", "no weights of a projector"), ("lm_head", "no lm_head.weight")):
+        changed = {name: value for name, value in state.items() if gone not in name}
+        save_file(changed, tmp_path / "native" / "model.safetensors", metadata={"format": "pt"})
+        code, _, complaint = cli("export", "--to", "llava", tmp_path / "native", tmp_path / "back")
+        assert code == 1 and reason in complaint
+    save_file(state, tmp_path / "native" / "model.safetensors", metadata={"format": "pt"})
     (tmp_path / "native" / "tokenizer.model").unlink()
     code, _, complaint = cli("export", "--to", "llava", tmp_path / "native", tmp_path / "back")
     assert code == 1 and "tokenizer.model" in complaint and not (tmp_path / "back").exists()
