@@ -49,6 +49,7 @@ setup(
         "train": ["deepspeed", "peft"],
         "flash": ["flash-attn"],
         "triton": ["triton"],
+        "export": ["protobuf", "sentencepiece"],
         "visualize": ["matplotlib"],
         "dev": ["pytest", "pytest-xdist", "ruff==0.17.6", "mypy==2.4.1", "scikit-learn", "scikit-image", "matplotlib"],
     },

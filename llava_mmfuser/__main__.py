@@ -59,6 +59,29 @@ def _add_checkpoint_commands(commands: Any) -> None:
     upgrade.add_argument(
         "--vision-tower", metavar="PATH", help="where to read the tower's config. If not given: mm_vision_tower of IN."
     )
+    text = "write a checkpoint with a fuser (full, or adapter or LoRA with --base) in transformers' own format"
+    export = commands.add_parser("export", help=text, description=text)
+    export.add_argument("input", metavar="IN", help="folder to read; it is never changed")
+    export.add_argument("output", metavar="OUT", help="folder to make; it must not exist")
+    export.add_argument(
+        "--to", choices=["llava"], help="the way back, from transformers' format. If not given: to transformers' own."
+    )
+    export.add_argument(
+        "--base",
+        help="language model of an adapter or LoRA, folder or name on the hub; with --to llava: a folder with "
+        "tokenizer.model, where IN has none",
+    )
+    export.add_argument(
+        "--vision-tower",
+        metavar="PATH",
+        help="with --to llava: the tower that the model was trained with. If not given: what export wrote down.",
+    )
+    export.add_argument(
+        "--stock",
+        action="store_true",
+        default=None,
+        help="write transformers' own LLaVA, which needs no code of ours; possible for linear fusions and shut gates",
+    )
     kinds: Dict[Any, Dict[str, Any]] = {bool: {"type": _boolean, "nargs": "?", "const": True}, int: {"type": int}}
     for setting in dataclasses.fields(MMFuserConfig):
         kind = kinds.get(setting.type, {})
@@ -168,10 +191,35 @@ def _convert(options: argparse.Namespace) -> int:
 
 def _upgrade(options: argparse.Namespace) -> int:
     from .checkpoints.convert import upgrade
+    from .checkpoints.files import read_config
+    from .export import folder, native
 
     given = {setting.name: getattr(options, setting.name) for setting in dataclasses.fields(MMFuserConfig)}
     settings = {name: value for name, value in given.items() if value is not None}
-    for note in upgrade(options.input, options.output, options.link, options.vision_tower, settings):
+    if folder.is_native(read_config(options.input)):
+        if options.vision_tower:
+            raise ValueError("--vision-tower has no effect: the folder holds its vision tower; drop it")
+        notes = native.upgrade(options.input, options.output, options.link, settings)
+    else:
+        notes = upgrade(options.input, options.output, options.link, options.vision_tower, settings)
+    for note in notes:
+        _say(note)
+    return 0
+
+
+def _export(options: argparse.Namespace) -> int:
+    from .export.folder import export
+    from .export.native import export_to_llava
+
+    if options.to == "llava":
+        if options.stock:
+            raise ValueError("--stock has no effect with --to llava; drop it")
+        notes = export_to_llava(options.input, options.output, options.base, options.vision_tower)
+    elif options.vision_tower:
+        raise ValueError("--vision-tower has no effect without --to llava; drop it")
+    else:
+        notes = export(options.input, options.output, options.base, options.stock)
+    for note in notes:
         _say(note)
     return 0
 
@@ -294,6 +342,7 @@ _COMMANDS = {
     "inspect": _inspect,
     "convert": _convert,
     "upgrade": _upgrade,
+    "export": _export,
     "visualize": _visualize,
 }
 

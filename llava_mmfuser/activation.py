@@ -4,15 +4,22 @@ A one-line ``.pth`` in site-packages calls `install` at every interpreter start,
 must never raise: LLaVA swallows every exception that is raised while it is imported.
 """
 
+import importlib
 import os
 import sys
 
-TRIGGERS = ("llava.model.llava_arch", "llava.model.builder", "llava.train.llava_trainer")  # keys of llava_patch.PATCHES
+# module -> the module here whose rows are applied after its import
+TRIGGERS = {
+    "llava.model.llava_arch": "llava_patch",
+    "llava.model.builder": "llava_patch",
+    "llava.train.llava_trainer": "llava_patch",
+    "transformers.models.llava.modeling_llava": "transformers_patch",
+}
 # Modules that a trigger has imported by then; read anew (importlib.reload), they are patched with their trigger.
 SOURCES = {
-    "llava.model.multimodal_encoder.clip_encoder": TRIGGERS[0],
-    "llava.model.multimodal_encoder.siglip_encoder": TRIGGERS[0],
-    "llava.model.multimodal_projector.builder": TRIGGERS[0],
+    "llava.model.multimodal_encoder.clip_encoder": "llava.model.llava_arch",
+    "llava.model.multimodal_encoder.siglip_encoder": "llava.model.llava_arch",
+    "llava.model.multimodal_projector.builder": "llava.model.llava_arch",
 }
 DISABLE = "LLAVA_MMFUSER_DISABLE"
 
@@ -61,16 +68,14 @@ def _patch_after_exec(loader):
     loader.exec_module.hooked = True
 
 
-def _revert(trigger=None):
-    revert = getattr(sys.modules.get("llava_mmfuser.llava_patch"), "revert", None)
+def _revert(trigger):
+    revert = getattr(sys.modules.get("llava_mmfuser." + TRIGGERS[trigger]), "revert", None)
     return revert is not None and revert(trigger)
 
 
 def _apply(trigger):
     try:
-        from llava_mmfuser import llava_patch
-
-        llava_patch.apply(trigger)
+        importlib.import_module("llava_mmfuser." + TRIGGERS[trigger]).apply(trigger)
     except Exception as error:  # LLaVA's `except: pass` would turn this into a misleading ImportError
         if sys.stderr is not None:
             sys.stderr.write("llava_mmfuser: LLaVA is left unpatched: %s: %s\n" % (type(error).__name__, error))
@@ -104,4 +109,5 @@ def deactivate():
     """Undo `activate`: remove the hook and put LLaVA's own functions back. Models already built keep their fuser."""
     if _finder in sys.meta_path:
         sys.meta_path.remove(_finder)
-    _revert()
+    for trigger in TRIGGERS:
+        _revert(trigger)

@@ -140,7 +140,7 @@ def apply(module: str) -> None:
 def revert(module: Optional[str] = None) -> bool:
     """Put every original back, or those of the rows of one module; returns whether there was anything to undo."""
     undone = [name for name in PATCHES if name in applied and module in (None, name)]
-    restore(None if module is None else [row.target for name in undone for row in PATCHES[name]])
+    restore([row.target for name in undone for row in PATCHES[name]])
     for name in undone:
         del applied[name]
     return bool(undone)

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from llava_mmfuser.llava_patch import PATCHES
+from llava_mmfuser.transformers_patch import PATCHES as OF_TRANSFORMERS
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "llava_mmfuser"
@@ -25,10 +26,22 @@ ROOMS = {
     "checkpoints": {"block", "config", "layers", "names", "towers", "__init__"},
     "hooks": {"block", "config", "layers", "names", "towers", "projector", "checkpoints", "patching"},
     "llava_patch": {"config", "hooks", "patching"},
-    "activation": {"llava_patch"},
+    "transformers_patch": {"export", "patching"},
+    "activation": {"llava_patch", "transformers_patch"},
     "installation": {"block", "llava_patch", "patching"},
+    "export": {"block", "config", "layers", "names", "towers", "checkpoints"},
     "visualize": {"block", "config", "layers", "names", "towers", "checkpoints"},
-    "__main__": {"activation", "block", "config", "layers", "installation", "towers", "checkpoints", "visualize"},
+    "__main__": {
+        "activation",
+        "block",
+        "config",
+        "layers",
+        "installation",
+        "towers",
+        "checkpoints",
+        "visualize",
+        "export",
+    },
     "__init__": {},
 }
 
@@ -109,7 +122,9 @@ def test_sources_parse_on_python_3_8():
 def test_page_lists_exactly_what_is_patched():
     page = (ROOT / "docs" / "how-it-hooks.md").read_text()
     rows = [line for line in page.splitlines() if line.startswith("| `") and ":" in line.split("`")[1]]
-    assert rows == [f"| `{row.target}` | {row.reason} | {row.until} |" for row in sum(PATCHES.values(), ())]
+    assert rows == [
+        f"| `{row.target}` | {row.reason} | {row.until} |" for row in (*sum(PATCHES.values(), ()), *OF_TRANSFORMERS)
+    ]
 
 
 @pytest.mark.parametrize("script", ["pretrain.sh", "finetune.sh"])

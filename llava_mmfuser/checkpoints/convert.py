@@ -45,9 +45,9 @@ def convert(source: str, out: str, to_authors: bool = False, link: bool = False)
             an `out` that exists or lies in `source`; a disk that is too small, or that fills up.
         OSError: reading or writing fails.
     """
-    _check_out(source, out)
+    check_out(source, out)
     checkpoint = read_checkpoint(source)
-    _check_format(checkpoint, Format.OURS if to_authors else Format.AUTHORS, "convert")
+    check_format(checkpoint, Format.OURS if to_authors else Format.AUTHORS, "convert")
     config = dict(checkpoint.config)
     if to_authors:
         settings = _authors_settings(checkpoint, settings_of(config))
@@ -73,7 +73,7 @@ def convert(source: str, out: str, to_authors: bool = False, link: bool = False)
         before, mark, rest = name.partition(MARK)
         return before + mark + short(rest) if mark else name
 
-    link, notes = _may_link(link, source, out)
+    link, notes = may_link(link, source, out)
     steps = [
         writing.renamed(checkpoint.path(file), rename)
         if any(MARK in weight.name for weight in checkpoint.weights[file])
@@ -83,7 +83,7 @@ def convert(source: str, out: str, to_authors: bool = False, link: bool = False)
     if checkpoint.index:
         weight_map = {rename(name): file for name, file in checkpoint.index["weight_map"].items()}
         steps.append(_index_step(checkpoint, {**checkpoint.index, "weight_map": weight_map}))
-    return notes + _finish("convert", checkpoint, out, steps, config, link)
+    return notes + finish("convert", checkpoint, out, steps, config, link)
 
 
 def upgrade(
@@ -114,18 +114,18 @@ def upgrade(
             the checkpoint's own layer.
         OSError: reading or writing fails.
     """
-    _check_out(source, out)
+    check_out(source, out)
     checkpoint = read_checkpoint(source)
-    _check_format(checkpoint, Format.LLAVA, "upgrade")
+    check_format(checkpoint, Format.LLAVA, "upgrade")
     config = dict(checkpoint.config)
-    resolved, tower = _upgrade_settings(checkpoint, vision_tower, dict(settings or {}))
+    resolved, tower = upgrade_settings(config, dict(settings or {}), vision_tower or config.get("mm_vision_tower"))
     config.update(mm_projector_type=PROJECTOR_TYPE, mm_hidden_size=tower.hidden_size, **resolved.to_llava())
     config["mm_vision_select_layer"] = Layers.parse(
         config["mm_vision_select_layer"]
     ).select_layer  # an int, if it was a text
     _check_weights(checkpoint, projector_shapes(config, resolved), fuser=False)
     fresh = resolved.build(tower.hidden_size, config["hidden_size"]).state_dict()
-    link, notes = _may_link(link, source, out)
+    link, notes = may_link(link, source, out)
     steps = []
     for label, weights in checkpoint.projectors().items():
         like = next(iter(weights.values()))
@@ -136,17 +136,17 @@ def upgrade(
         if label in checkpoint.adapters:
             steps.append(writing.renamed(checkpoint.path(label), str, fuser))
         else:
-            steps += _with_new_shard(checkpoint, fuser, link)
+            steps += with_new_shard(checkpoint, fuser, link)
     done = {file for file in checkpoint.projectors() if file in checkpoint.adapters}
     steps += [writing.unchanged(checkpoint.path(file), file, link) for file in checkpoint.adapters if file not in done]
-    return notes + _finish("upgrade", checkpoint, out, steps, config, link)
+    return notes + finish("upgrade", checkpoint, out, steps, config, link)
 
 
-def _upgrade_settings(
-    checkpoint: Checkpoint, vision_tower: Optional[str], given: Dict[str, Any]
+def upgrade_settings(
+    config: Mapping[str, Any], given: Dict[str, Any], name: Optional[str], tower: Optional[Any] = None
 ) -> Tuple[MMFuserConfig, Any]:
-    """The settings with resolved layers, and the tower's config."""
-    config, inner = checkpoint.config, checkpoint.config.get("mm_projector_type", "linear")
+    """The settings with resolved layers, and the tower's config, which is read by its name if it is None."""
+    inner = config.get("mm_projector_type", "linear")
     if given.setdefault("projector", inner) != inner:
         raise ValueError(
             f"mm_fuser_projector={given['projector']!r}, but the checkpoint's projector is {inner!r}; drop the flag"
@@ -154,7 +154,6 @@ def _upgrade_settings(
     check_features(config)
     query = Layers.parse(config.get("mm_vision_select_layer"), "config.json: mm_vision_select_layer")
     given["layers"] = Layers.parse_listed(given["layers"], query) if "layers" in given else query
-    name = vision_tower or config.get("mm_vision_tower")
     if not isinstance(name, str):
         raise ValueError("config.json has no mm_vision_tower; give --vision-tower PATH")
     settings = MMFuserConfig(**given)
@@ -166,7 +165,7 @@ def _upgrade_settings(
             f"otherwise; use {allowed}, or train with it"
         )
     try:
-        tower = tower_config(name)
+        tower = tower_config(name) if tower is None else tower
     except ValueError as error:
         raise ValueError(f"{error}; name a folder that has it by --vision-tower PATH") from error
     settings = settings.resolve(tower)
@@ -202,7 +201,7 @@ def _authors_settings(checkpoint: Checkpoint, settings: MMFuserConfig) -> MMFuse
     return settings
 
 
-def _check_format(checkpoint: Checkpoint, wanted: Format, command: str) -> None:
+def check_format(checkpoint: Checkpoint, wanted: Format, command: str) -> None:
     folder, found = checkpoint.folder, checkpoint.format()
     if found == wanted:
         return
@@ -212,7 +211,7 @@ def _check_format(checkpoint: Checkpoint, wanted: Format, command: str) -> None:
         Format.OURS: "in the format of llava_mmfuser already, with a fuser; nothing is to be done"
         + (f" (python -m llava_mmfuser convert{back})" if back else ""),
         Format.AUTHORS: "in the authors' format already; nothing is to be done"
-        if wanted is Format.OURS
+        if wanted is Format.OURS and command == "convert"
         else convert_hint(folder),
         Format.LLAVA: f"plain LLaVA (mm_projector_type={kind!r}) without a fuser; put a fresh one in front with: "
         f"python -m llava_mmfuser upgrade {folder} OUT",
@@ -239,7 +238,7 @@ def _check_weights(checkpoint: Checkpoint, expected: Shapes, fuser: bool) -> Non
             raise ValueError(f"{checkpoint.folder}, {label}: weights do not fit config.json: {problems}")
 
 
-def _check_out(source: str, out: str) -> None:
+def check_out(source: str, out: str) -> None:
     if os.path.lexists(os.path.abspath(out)):
         raise ValueError(f"{out or os.curdir} exists already; choose another name or delete it")
     inside, outside = os.path.realpath(out), os.path.realpath(source)
@@ -252,13 +251,13 @@ def _check_out(source: str, out: str) -> None:
         raise ValueError(f"{parent} is not writable; choose another place for {out}")
 
 
-def _may_link(link: bool, source: str, out: str) -> Tuple[bool, List[str]]:
+def may_link(link: bool, source: str, out: str) -> Tuple[bool, List[str]]:
     if link and os.stat(source).st_dev != os.stat(os.path.dirname(os.path.abspath(out))).st_dev:
         return False, [f"{out} is on another file system, so weight files are copied, not linked"]
     return link, []
 
 
-def _with_new_shard(checkpoint: Checkpoint, tensors: Dict[str, torch.Tensor], link: bool) -> List[Step]:
+def with_new_shard(checkpoint: Checkpoint, tensors: Dict[str, torch.Tensor], link: bool) -> List[Step]:
     """The model's files under the names of the first n of n + 1 shards, one more with `tensors`, and the index."""
     stem, ending = (
         ("model", ".safetensors") if checkpoint.shards[0].endswith(".safetensors") else ("pytorch_model", ".bin")
@@ -282,7 +281,7 @@ def _index_step(checkpoint: Checkpoint, index: Dict[str, Any]) -> Step:
     return writing.text(name, json.dumps(index, indent=2) + "\n")
 
 
-def _finish(
+def finish(
     command: str, checkpoint: Checkpoint, out: str, steps: List[Step], config: Dict[str, Any], link: bool
 ) -> List[str]:
     """Carry out `steps`, then copy the other files and at last write config.json. Returns notes for the user."""

@@ -1,0 +1,99 @@
+"""The model card of an exported folder."""
+
+import os
+from typing import Any, Mapping
+
+from ..block.fusion import Fusion
+from ..config import FLAG_PREFIX, MMFuserConfig
+from ..layers import spell
+
+_CARD = """\
+---
+library_name: transformers
+pipeline_tag: image-text-to-text
+tags: [llava, mmfuser]
+---
+
+# {name}
+
+LLaVA with {what}. Exported from a LLaVA checkpoint by
+[llava-mmfuser](https://arxiv.org/abs/2410.11829); pictures, token ids and answers are those of LLaVA's own code.
+
+| setting | value |
+|---|---|
+{settings}
+
+The weights are under the licences of what they were made from: language model, vision tower and training data.{code}
+
+## Load
+
+```python
+from PIL import Image
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+folder = "{name}"
+model = AutoModelForImageTextToText.from_pretrained(folder{trust}, dtype="auto", device_map="auto")
+processor = AutoProcessor.from_pretrained(folder, backend="pil")  # as LLaVA resizes pictures
+chat = [{{"role": "user", "content": [{{"type": "image"}}, {{"type": "text", "text": "What is in the picture?"}}]}}]
+prompt = processor.apply_chat_template(chat, add_generation_prompt=True)
+picture = Image.open("picture.jpg").convert("RGB")
+inputs = processor(images=picture, text=prompt, return_tensors="pt").to(model.device, model.dtype)
+print(processor.decode(model.generate(**inputs, max_new_tokens=64)[0], skip_special_tokens=True))
+```
+
+## Serve
+
+```bash
+vllm serve {name}{flag}
+```
+
+## Cite
+
+```bibtex
+@article{{cao2024mmfuser,
+  title   = {{MMFuser: Multimodal Multi-Layer Feature Fuser for Fine-Grained Vision-Language Understanding}},
+  author  = {{Cao, Yue and others}},
+  journal = {{arXiv preprint arXiv:2410.11829}},
+  year    = {{2024}}
+}}
+@inproceedings{{liu2023llava,
+  title     = {{Visual Instruction Tuning}},
+  author    = {{Liu, Haotian and Li, Chunyuan and Wu, Qingyang and Lee, Yong Jae}},
+  booktitle = {{NeurIPS}},
+  year      = {{2023}}
+}}
+```
+"""
+
+
+def model_card(
+    out: str, base: str, config: Mapping[str, Any], settings: MMFuserConfig, fuser: Fusion, plain: bool
+) -> str:
+    """README.md of a folder.
+
+    Args:
+        out: the folder, whose name is the model's.
+        base: the language model that it was trained from.
+        config: config.json in LLaVA's format.
+        settings: of the fuser, with its layers resolved.
+        fuser: itself, with its weights.
+        plain: whether it has been folded into transformers' own LLaVA.
+    """
+    rows = settings.to_llava()
+    for name in settings.without_effect:
+        del rows[FLAG_PREFIX + name]
+    for name, parameter in fuser.named_parameters():
+        if name.endswith("scale"):
+            size = parameter.detach().abs()
+            rows[f"{name}: mean, max of its absolute value"] = f"{size.mean():.4g}, {size.max():.4g}"
+    rows["vision tower"] = config["mm_vision_tower"]
+    rows["language model"] = base
+    folded = f"the fusion {settings.fusion} of several layers of its vision tower, folded into its projector"
+    return _CARD.format(
+        name=os.path.basename(os.path.abspath(out)),
+        what=folded if plain else "an MMFuser in front of its projector",
+        settings="\n".join(f"| {name} | `{spell(value)}` |" for name, value in rows.items()),
+        code="" if plain else " The code in this folder is under Apache-2.0.",
+        trust="" if plain else ", trust_remote_code=True",
+        flag="" if plain else " --trust-remote-code",
+    )
