@@ -9,12 +9,12 @@ import torch
 from blocks import SIMPLE, fused_projector
 from safetensors.torch import load_file
 from tiny import answer
-from transformers import CLIPVisionConfig
 
 from llava_mmfuser.block.kinds import FUSIONS
 from llava_mmfuser.checkpoints.adapter import match_adapter, read_adapter
 from llava_mmfuser.config import MMFuserConfig
 from llava_mmfuser.names import expected_shapes
+from llava_mmfuser.towers import tower_config
 
 
 def test_more_tokens_than_a_sequence_may_have_are_refused_before_training():
@@ -89,7 +89,7 @@ def test_adapter_of_another_fusion_without_weights_is_refused(world, tmp_path):
     assert done.returncode and "was trained with mm_fuser_fusion=mean, but this run has sum" in done.stdout
     for fusion in ("mmfuser", "weighted_sum"):
         settings = MMFuserConfig(layers=(3, 4, 5, 6, 7), fusion=fusion)
-        vision_config = CLIPVisionConfig.from_pretrained(world / "clip")
+        vision_config = tower_config(str(world / "clip"))
         with pytest.raises(ValueError, match=f"mm_fuser_fusion=mean, but this run has {fusion}"):
             path = str(tmp_path / "llava-mean" / "mm_projector.bin")
             shapes = expected_shapes(settings, vision_config.hidden_size, 64)
