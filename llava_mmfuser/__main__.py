@@ -192,11 +192,12 @@ def _convert(options: argparse.Namespace) -> int:
 def _upgrade(options: argparse.Namespace) -> int:
     from .checkpoints.convert import upgrade
     from .checkpoints.files import read_config
-    from .export import folder, native
+    from .export import native
+    from .names import is_native
 
     given = {setting.name: getattr(options, setting.name) for setting in dataclasses.fields(MMFuserConfig)}
     settings = {name: value for name, value in given.items() if value is not None}
-    if folder.is_native(read_config(options.input)):
+    if is_native(read_config(options.input) or {}):
         if options.vision_tower:
             raise ValueError("--vision-tower has no effect: the folder holds its vision tower; drop it")
         notes = native.upgrade(options.input, options.output, options.link, settings)

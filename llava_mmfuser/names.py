@@ -159,16 +159,24 @@ class Format(enum.Enum):
     OURS = "llava_mmfuser's format"
     AUTHORS = "the authors' format"
     LLAVA = "plain LLaVA, without a fuser"
+    NATIVE = "a LLaVA in transformers' own format"
     OTHER = "no LLaVA"
 
 
 def format_of(config: Mapping[str, Any], projectors: Iterable[Iterable[str]]) -> Format:
     """Which format a config.json and the names of the weights of its projectors, if it has any, are."""
+    if is_native(config):
+        return Format.NATIVE
     if config.get("mm_projector_type") == PROJECTOR_TYPE:
         return Format.OURS
     if is_authors_config(config) or any(map(is_published, projectors)):
         return Format.AUTHORS
     return Format.LLAVA if {"mm_vision_tower", "mm_projector_type"} & set(config) else Format.OTHER
+
+
+def is_native(config: Mapping[str, Any]) -> bool:
+    """Whether a config.json is of a LLaVA in transformers' own format, as `export` and ``llava-hf`` have it."""
+    return config.get("model_type") == "llava" and "vision_config" in config
 
 
 def is_fused(config: Mapping[str, Any]) -> bool:
@@ -188,4 +196,12 @@ def convert_hint(path: str) -> str:
     return (
         f"a checkpoint in the format of the authors' MMFuser fork, which has other weight names; convert it with: "
         f"python -m llava_mmfuser convert {path} {path.rstrip('/')}-llava-mmfuser"
+    )
+
+
+def native_hint(path: str) -> str:
+    """What to do about a checkpoint in transformers' own format where LLaVA's is wanted."""
+    return (
+        f"a LLaVA in transformers' own format; write it in LLaVA's with: "
+        f"python -m llava_mmfuser export --to llava {path} {path.rstrip('/')}-llava"
     )

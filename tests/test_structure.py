@@ -36,6 +36,7 @@ ROOMS = {
         "block",
         "config",
         "layers",
+        "names",
         "installation",
         "towers",
         "checkpoints",

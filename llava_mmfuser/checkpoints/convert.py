@@ -17,7 +17,17 @@ import torch
 from ..block.kinds import FUSIONS
 from ..config import FLAG_PREFIX, PROJECTOR_TYPE, MMFuserConfig
 from ..layers import Layers
-from ..names import MARK, Format, Shapes, compare, convert_hint, from_published, is_authors_config, to_published
+from ..names import (
+    MARK,
+    Format,
+    Shapes,
+    compare,
+    convert_hint,
+    from_published,
+    is_authors_config,
+    native_hint,
+    to_published,
+)
 from ..towers import check_features, tower_config
 from . import writing
 from .files import DTYPES
@@ -215,6 +225,7 @@ def check_format(checkpoint: Checkpoint, wanted: Format, command: str) -> None:
         else convert_hint(folder),
         Format.LLAVA: f"plain LLaVA (mm_projector_type={kind!r}) without a fuser; put a fresh one in front with: "
         f"python -m llava_mmfuser upgrade {folder} OUT",
+        Format.NATIVE: native_hint(folder),
         Format.OTHER: "not a LLaVA checkpoint: its config.json has neither mm_vision_tower nor mm_projector_type",
     }
     raise ValueError(f"{folder} is {messages[found]}")

@@ -7,7 +7,17 @@ from typing import Any, Dict, Iterator, List, Mapping, Optional, Tuple
 from ..block.kinds import FUSIONS
 from ..config import FLAG_PREFIX
 from ..layers import spell
-from ..names import MARK, Format, convert_hint, describe, from_published, is_fused, is_published, to_published
+from ..names import (
+    MARK,
+    Format,
+    convert_hint,
+    describe,
+    from_published,
+    is_fused,
+    is_published,
+    native_hint,
+    to_published,
+)
 from ..towers import check_features, check_tower_is_there, local_tower
 from .files import Weight, projector_weights, read_config, read_header, read_tensor, read_weights
 from .fit import check_layers, check_tower, misfit, settings_of
@@ -58,6 +68,8 @@ def _folder_lines(folder: str) -> Iterator[str]:
         raise ValueError(
             "config.json has neither mm_vision_tower nor mm_projector_type, so this is no LLaVA checkpoint"
         )
+    if format is Format.NATIVE:
+        raise ValueError(f"it is {native_hint(folder)}")
     if format is Format.AUTHORS:
         raise ValueError(f"it is {convert_hint(folder)}")
     if kind == MIXED:

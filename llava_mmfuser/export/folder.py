@@ -64,8 +64,6 @@ def export(source: str, out: str, base: Optional[str] = None, plain: Optional[bo
     """
     check_out(source, out)
     checkpoint = read_checkpoint(source)
-    if is_native(checkpoint.config):
-        raise ValueError(f"{source} is in transformers' own format already; --to llava writes LLaVA's")
     check_format(checkpoint, Format.OURS, "export")
     config = checkpoint.config
     _check_expressible(config)
@@ -107,11 +105,6 @@ def export(source: str, out: str, base: Optional[str] = None, plain: Optional[bo
 
 def _clip_config(tower: str) -> Any:
     return TOWERS["CLIP"].transformers_class("VisionConfig").from_pretrained(tower)
-
-
-def is_native(config: Optional[Mapping[str, Any]]) -> bool:
-    """Whether a config.json is of a LLaVA in transformers' own format."""
-    return config is not None and config.get("model_type") == "llava" and "vision_config" in config
 
 
 def _check_expressible(config: Mapping[str, Any]) -> None:

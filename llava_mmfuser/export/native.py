@@ -10,16 +10,16 @@ import torch
 
 from ..block.kinds import MAX_LAYERS, MAX_WIDTH, check_count
 from ..checkpoints import writing
-from ..checkpoints.convert import check_out, finish, may_link, upgrade_settings, with_new_shard
+from ..checkpoints.convert import check_format, check_out, finish, may_link, upgrade_settings, with_new_shard
 from ..checkpoints.files import DTYPES, Weight
 from ..checkpoints.fit import misfit
 from ..checkpoints.folder import FULL, Checkpoint, name_from_path, name_problem, read_checkpoint
 from ..checkpoints.report import NAME_NOTE
 from ..config import FLAG_PREFIX, PROJECTOR_TYPE, MMFuserConfig
-from ..names import MARK
+from ..names import MARK, Format
 from ..towers import TowerConfig, kind_of
 from . import tensors
-from .folder import LLAMA, VISION_TOWER, code, fuser_config, is_native, json_file, local_folder
+from .folder import LLAMA, VISION_TOWER, code, fuser_config, json_file, local_folder
 from .names import TOWER_IN_LLAVA, to_llava
 from .tensors import Tensor
 
@@ -43,7 +43,8 @@ def upgrade(source: str, out: str, link: bool = False, settings: Optional[Mappin
         OSError: reading or writing fails.
     """
     check_out(source, out)
-    checkpoint = _read(source)
+    checkpoint = read_checkpoint(source)
+    check_format(checkpoint, Format.NATIVE, "upgrade")
     config, first = checkpoint.config, _first_layer(checkpoint)
     layer = config.get("vision_feature_layer", -2)
     if not isinstance(layer, int):
@@ -86,7 +87,8 @@ def export_to_llava(source: str, out: str, base: Optional[str] = None, vision_to
         OSError: reading or writing fails.
     """
     check_out(source, out)
-    checkpoint = _read(source)
+    checkpoint = read_checkpoint(source)
+    check_format(checkpoint, Format.NATIVE, "export")
     config = checkpoint.config
     text = config.get("text_config") or {}
     if text.get("model_type", "llama") != "llama":
@@ -149,13 +151,6 @@ def export_to_llava(source: str, out: str, base: Optional[str] = None, vision_to
     writing.write_folder(source, out, steps, "export")
     problem = name_problem(name_from_path(out), FULL, llava)
     return [f"{out} is complete: {len(steps)} files", *([f"{NAME_NOTE}, and {problem}"] if problem else [])]
-
-
-def _read(folder: str) -> Checkpoint:
-    checkpoint = read_checkpoint(folder)
-    if not is_native(checkpoint.config) or not checkpoint.shards:
-        raise ValueError(f"{folder} is no LLaVA in transformers' own format (model_type llava with a vision_config)")
-    return checkpoint
 
 
 def _first_layer(checkpoint: Checkpoint) -> Weight:

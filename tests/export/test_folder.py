@@ -266,7 +266,7 @@ def test_other_folders_are_refused_on_the_way_back(made, tmp_path, cli):
     export(str(made / "full"), str(tmp_path / "native"))
     config = json.loads((tmp_path / "native" / "config.json").read_text())
     for changes, arguments, reason in (
-        ({}, (made / "full",), "no LLaVA in transformers' own format"),
+        ({}, (made / "full",), "nothing is to be done"),
         ({"llava_vision_tower": None}, (), "--vision-tower"),
         ({"text_config": {"model_type": "qwen2"}}, (), "model_type='qwen2'"),
         ({"mm_fuser_num_points": 2}, (), "They fit"),
@@ -286,8 +286,11 @@ def test_other_folders_are_refused_on_the_way_back(made, tmp_path, cli):
     (tmp_path / "native" / "tokenizer.model").unlink()
     code, _, complaint = cli("export", "--to", "llava", tmp_path / "native", tmp_path / "back")
     assert code == 1 and "tokenizer.model" in complaint and not (tmp_path / "back").exists()
-    code, _, complaint = cli("export", tmp_path / "native", tmp_path / "back")
-    assert code == 1 and "already" in complaint
+    for command in ("export", "convert"):
+        code, _, complaint = cli(command, tmp_path / "native", tmp_path / "back")
+        assert code == 1 and "export --to llava" in complaint
+    code, said, _ = cli("inspect", tmp_path / "native")
+    assert code == 1 and "export --to llava" in said
 
 
 def test_the_transformers_that_llava_pins_are_left_alone():
