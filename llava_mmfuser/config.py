@@ -81,30 +81,14 @@ class MMFuserConfig:
         unused = tuple(name for names in of_kinds.values() for name in names)
         return unused if self.fusion == "mmfuser" else ("attention", "self_attention", "num_heads", *unused)
 
-    def refuse_useless(self, given: Dict[str, Any], arguments: Any = None) -> None:
-        """Raise ValueError for settings the user gave (without prefix) that mean nothing here, and for `ModelArguments`
-        that do not go together with this fusion."""
+    def refuse_useless(self, given: Dict[str, Any]) -> None:
+        """Raise ValueError for settings the user gave (without prefix) that mean nothing here."""
         for name in self.without_effect:
             if name in given:
                 cause = "attention" if self.fusion == "mmfuser" else "fusion"
                 raise ValueError(
                     f"mm_fuser_{name}={given[name]} has no effect with mm_fuser_{cause}={getattr(self, cause)}; drop it"
                 )
-        lr = getattr(arguments, "mm_fuser_lr", None)
-        if lr is not None and not FUSIONS[self.fusion].has_weights:
-            raise ValueError(f"mm_fuser_lr={lr} has no effect with mm_fuser_fusion={self.fusion}, which has no weights")
-        merge_type = getattr(arguments, "mm_patch_merge_type", "flat")
-        if self.fusion == "token_concat" and merge_type != "flat":
-            raise ValueError(
-                f"mm_patch_merge_type={merge_type} together with mm_fuser_fusion=token_concat is not supported, "
-                f"because its tokens are no single map; use flat"
-            )
-        pooling = getattr(arguments, "mm_spatial_pool_mode", None)  # a flag of LLaVA-NeXT with a default
-        if self.fusion == "token_concat" and pooling is not None:
-            raise ValueError(
-                f"mm_spatial_pool_mode={pooling} together with mm_fuser_fusion=token_concat is not supported, because "
-                f"LLaVA-NeXT would pool its tokens as those of one square map; use another mm_fuser_fusion"
-            )
 
     def build(self, hidden_size: int, out_features: int) -> Any:
         """A fresh fusion of these settings.

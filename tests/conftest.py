@@ -83,3 +83,17 @@ def world(tmp_path_factory):
     models.make_llama(folder / "llama", hidden_size=64)
     models.make_clip(folder / "clip")
     return folder
+
+
+@pytest.fixture
+def cli(monkeypatch, capsys):
+    """Run a command of the package in this process: exit code, stdout, stderr."""
+    from llava_mmfuser import __main__ as command_line
+
+    def call(*arguments):
+        monkeypatch.setattr(sys, "argv", ["llava_mmfuser", *map(str, arguments)])
+        capsys.readouterr()
+        code = command_line.main()
+        return (code, *capsys.readouterr())
+
+    return call

@@ -7,7 +7,7 @@ from typing import Any, List, Optional, Tuple
 
 from ..config import FLAG_PREFIX, PROJECTOR_TYPE, MMFuserConfig, explicit_settings
 from ..layers import SPELLINGS, Layers, spell
-from .run import check_start
+from .run import check_start, refuse_together
 
 # name, type, default, help of flags that concern training only; upstream keeps mm_projector_lr in config.json, too
 TRAINING_FLAGS: Tuple[Tuple[str, Any, Any, str], ...] = (
@@ -90,7 +90,8 @@ def check_arguments(arguments: Any) -> None:
         return
     settings = MMFuserConfig.from_llava(arguments)
     if {"fusion", "attention"} & set(given):  # else a checkpoint may say which
-        settings.refuse_useless(given, arguments)
+        settings.refuse_useless(given)
+        refuse_together(settings.fusion, arguments)
     listed = arguments.mm_vision_select_layer
     if "layers" in given and isinstance(listed, tuple) and listed != given["layers"]:
         raise ValueError(

@@ -55,7 +55,8 @@ def resolve_run(model_args: Any, start: Mapping[str, Any]) -> Run:
         settings = MMFuserConfig.from_llava(model_args).resolve(tower)
         if start.get("mm_vision_tower") is not None:
             settings = _existing_projector_settings(start, given, settings)
-    settings.refuse_useless(given, model_args)
+    settings.refuse_useless(given)
+    refuse_together(settings.fusion, model_args)
     path, adapter, shapes = getattr(model_args, "pretrain_mm_mlp_adapter", None), None, None
     if path is not None:
         if isinstance(start.get("hidden_size"), int):
@@ -65,6 +66,25 @@ def resolve_run(model_args: Any, start: Mapping[str, Any]) -> Run:
         except ValueError as error:
             raise ValueError(f"pretrain_mm_mlp_adapter={error}") from error
     return Run(settings, tower, start, adapter, shapes)
+
+
+def refuse_together(fusion: str, model_args: Any) -> None:
+    """Raise ValueError for `ModelArguments` that do not go together with this fusion."""
+    lr = getattr(model_args, "mm_fuser_lr", None)
+    if lr is not None and not FUSIONS[fusion].has_weights:
+        raise ValueError(f"mm_fuser_lr={lr} has no effect with mm_fuser_fusion={fusion}, which has no weights")
+    merge_type = getattr(model_args, "mm_patch_merge_type", "flat")
+    if fusion == "token_concat" and merge_type != "flat":
+        raise ValueError(
+            f"mm_patch_merge_type={merge_type} together with mm_fuser_fusion=token_concat is not supported, "
+            f"because its tokens are no single map; use flat"
+        )
+    pooling = getattr(model_args, "mm_spatial_pool_mode", None)  # a flag of LLaVA-NeXT with a default
+    if fusion == "token_concat" and pooling is not None:
+        raise ValueError(
+            f"mm_spatial_pool_mode={pooling} together with mm_fuser_fusion=token_concat is not supported, because "
+            f"LLaVA-NeXT would pool its tokens as those of one square map; use another mm_fuser_fusion"
+        )
 
 
 def _host_tower(name: str) -> TowerConfig:

@@ -1,12 +1,9 @@
 import shutil
-import sys
 
 import pytest
 import torch
 from layouts import LAYERS, LAYOUTS, in_their_names, save
 from tiny import model_with
-
-from llava_mmfuser import __main__ as command_line
 
 
 @pytest.fixture(scope="session")
@@ -40,16 +37,3 @@ def take(made, tmp_path):
         return shutil.copytree(made / f"{kind} {layout}", tmp_path / name)
 
     return copied
-
-
-@pytest.fixture
-def cli(monkeypatch, capsys):
-    """Run a command in this process: exit code, stdout, stderr."""
-
-    def call(*arguments):
-        monkeypatch.setattr(sys, "argv", ["llava_mmfuser", *map(str, arguments)])
-        capsys.readouterr()
-        code = command_line.main()
-        return (code, *capsys.readouterr())
-
-    return call

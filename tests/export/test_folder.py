@@ -12,7 +12,6 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
 pytest.importorskip("llava", reason="makes checkpoints with LLaVA")
-from llava_mmfuser import __main__ as command_line  # noqa: E402
 from llava_mmfuser.block.rivals import build_fusion  # noqa: E402
 from llava_mmfuser.export import stock, tensors  # noqa: E402
 from llava_mmfuser.export.folder import export  # noqa: E402
@@ -47,19 +46,6 @@ def take(made, tmp_path):
         return folder
 
     return copied
-
-
-@pytest.fixture
-def cli(monkeypatch, capsys):
-    """Run a command in this process: exit code, stdout, stderr."""
-
-    def call(*arguments):
-        monkeypatch.setattr(sys, "argv", ["llava_mmfuser", *map(str, arguments)])
-        capsys.readouterr()
-        code = command_line.main()
-        return (code, *capsys.readouterr())
-
-    return call
 
 
 def weights(folder):
