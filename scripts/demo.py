@@ -57,7 +57,7 @@ def compare(folder: Path, options: argparse.Namespace, progress: Progress) -> Di
             output = folder / f"llava-{variant.replace(', ', '-').replace(' ', '')}-{stage}"
             given = dict(flags, max_steps=getattr(options, f"{stage}_steps"), pretrain_mm_mlp_adapter=adapter)
             arguments = recipe.train_arguments(folder, output, stage, **{**recipe.DEMO, **given})
-            result["seconds"] += recipe.train(arguments, options.seed, folder / f"{output.name}.log")
+            result["seconds"] += recipe.train(arguments, options.seed, folder / f"{output.name}.log")[0]
             result["losses"][stage] = recipe.curve(output, "loss")
             adapter = output / "mm_projector.bin"
         progress(f"{variant}: answering {len(QUESTIONS) * len(records)} questions about held-out pictures")

@@ -1,176 +1,189 @@
 """The study of docs/study.md on the demo's toy: every arm tuned on validation pictures, then judged over seeds.
 
-The same command again goes on where it stopped; report.md and curves.png in the output folder are made at the end.
+The runs are those of an ablation (scripts/ablation): side by side, and the same command again goes on where it stopped.
+report.md and curves.png in the output folder are made at the end.
 """
 
 import argparse
-import functools
 import json
+import os
+import shlex
+import shutil
 import sys
 import time
 from pathlib import Path
-from typing import Callable, Dict, List, NamedTuple, Optional, Sequence, Tuple
+from typing import Dict, List, NamedTuple, Optional, Sequence, Tuple
 
-import numpy as np
-from ablation import study_report
+from ablation import study_report, toy_run
+from ablation.command import folder_name
+from ablation.runs import Run, run_all
 from housekeeping import exit_on_signals, locked, write
-from toy import asking, recipe
-from toy.probe import probe
-from toy.whitening import fit_whitening, whitened
-from toy.world import SIZES, make_world
 
 from llava_mmfuser.block.kinds import FUSIONS
 
-FUSER = {"mm_projector_type": "mmfuser", "mm_fuser_num_heads": 4, "mm_fuser_num_points": 2}
-PLAIN = {"mm_projector_type": "mlp2x_gelu"}
-
-
-def fusion(name: str, **flags: object) -> Dict[str, object]:
-    return {"mm_projector_type": "mmfuser", "mm_fuser_fusion": name, **flags}
+PLAIN = "--mm_projector_type mlp2x_gelu"
+FUSER = "--mm_projector_type mmfuser --mm_fuser_num_heads 4"
+TWO_POINTS = f"{FUSER} --mm_fuser_num_points 2"
+FUSION = "--mm_projector_type mmfuser --mm_fuser_fusion"
+BASELINE = "query alone"
+RELEASED = "released, finetuned on"
 
 
 class Arm(NamedTuple):
-    """One row of the report. `quick` arms are those of --quick; `whiten` puts a whitening behind the tower."""
+    """One row of the report. `quick` arms are those of --quick; differences are to the arm `against`."""
 
     table: str
-    flags: Dict[str, object]
+    flags: str
     quick: bool = True
-    whiten: bool = False
+    against: str = BASELINE
 
 
-Trial = Tuple[float, int]
-BASELINE = "query alone"
 ARMS = {
     BASELINE: Arm("controls", PLAIN),
-    "query, whitened": Arm("controls", PLAIN, whiten=True),
-    "layer 3 alone": Arm("controls", {**PLAIN, "mm_vision_select_layer": 3}, quick=False),
-    "layer 4 alone": Arm("controls", {**PLAIN, "mm_vision_select_layer": 4}),
-    "query, 4-layer MLP": Arm("controls", {"mm_projector_type": "mlp4x_gelu"}, quick=False),  # as large as the fuser
-    "mean": Arm("fusions", fusion("mean")),
-    "weighted_sum": Arm("fusions", fusion("weighted_sum"), quick=False),
-    "channel_concat": Arm("fusions", fusion("channel_concat")),
-    "dense_channel, all layers": Arm("fusions", fusion("dense_channel", mm_fuser_layers="all"), quick=False),
-    "mmfuser": Arm("fusions", FUSER),
-    "shallow": Arm("layer sets", {**FUSER, "mm_fuser_layers": "shallow"}, quick=False),
-    "middle": Arm("layer sets", {**FUSER, "mm_fuser_layers": "middle"}, quick=False),
-    "window": Arm(
-        "attention kinds",
-        {"mm_projector_type": "mmfuser", "mm_fuser_num_heads": 4, "mm_fuser_attention": "window"},
-    ),
-    "dense": Arm(
-        "attention kinds",
-        {"mm_projector_type": "mmfuser", "mm_fuser_num_heads": 4, "mm_fuser_attention": "dense"},
-        quick=False,
-    ),
-    "cross-attention only": Arm("modules", {**FUSER, "mm_fuser_self_attention": False}),
+    "query, whitened": Arm("controls", f"{PLAIN} --toy_whiten"),
+    "layer 3 alone": Arm("controls", f"{PLAIN} --mm_vision_select_layer 3", quick=False),
+    "layer 4 alone": Arm("controls", f"{PLAIN} --mm_vision_select_layer 4"),
+    "query, 4-layer MLP": Arm("controls", "--mm_projector_type mlp4x_gelu", quick=False),  # as large as the fuser
+    "mean": Arm("fusions", f"{FUSION} mean"),
+    "weighted_sum": Arm("fusions", f"{FUSION} weighted_sum", quick=False),
+    "channel_concat": Arm("fusions", f"{FUSION} channel_concat"),
+    "dense_channel, all layers": Arm("fusions", f"{FUSION} dense_channel --mm_fuser_layers all", quick=False),
+    "mmfuser": Arm("fusions", TWO_POINTS),
+    "shallow": Arm("layer sets", f"{TWO_POINTS} --mm_fuser_layers shallow", quick=False),
+    "middle": Arm("layer sets", f"{TWO_POINTS} --mm_fuser_layers middle", quick=False),
+    "window": Arm("attention kinds", f"{FUSER} --mm_fuser_attention window"),
+    "dense": Arm("attention kinds", f"{FUSER} --mm_fuser_attention dense", quick=False),
+    "cross-attention only": Arm("modules", f"{TWO_POINTS} --mm_fuser_self_attention False"),
+    RELEASED: Arm("a released checkpoint", f"{PLAIN} --toy_released", against=RELEASED),
+    "released, with mmfuser": Arm("a released checkpoint", f"{TWO_POINTS} --toy_released", against=RELEASED),
 }
+SEEDS, QUICK_SEEDS = (0, 1, 2, 3, 4), (0, 1, 2)
+STEPS = {"pretrain_steps": 150, "finetune_steps": 250}
 # A trial: a learning rate, and by how much that of an arm's new weights is higher: the fuser's, else the projector's.
-TRIALS = ((2e-3, 1), (2e-3, 5))
-FULL = {"trials": TRIALS, "seeds": (0, 1, 2, 3, 4), "steps": {"pretrain": 200, "finetune": 300}}
-QUICK = {"trials": TRIALS, "seeds": (0, 1, 2), "steps": {"pretrain": 150, "finetune": 250}}
+Trial = Tuple[float, int]
+TRIALS: Tuple[Trial, ...] = ((2e-3, 1), (2e-3, 5))
 SPLITS = {"validation": 300, "heldout": 600}  # pictures
 
 
-class Study:
-    """The runs below one folder."""
+def setting(arm: str, trial: Trial) -> Tuple[str, Tuple[str, ...]]:
+    """Name and flags of an arm with a trial's rates."""
+    flags = shlex.split(ARMS[arm].flags)
+    fusion = flags[flags.index("--mm_fuser_fusion") + 1] if "--mm_fuser_fusion" in flags else "mmfuser"
+    fuser = "mmfuser" in flags and FUSIONS[fusion].has_weights
+    own = "--mm_fuser_lr" if fuser else "--mm_projector_lr"
+    rate, times = trial
+    return f"{arm}, {rate:g} x {times}", (*flags, "--learning_rate", str(rate), own, str(rate * times))
 
-    def __init__(
-        self,
-        folder: Path,
-        quick: bool,
-        device: str,
-        seeds: Optional[Sequence[int]] = None,
-        arms: Optional[Sequence[str]] = None,
-    ):
-        self.folder, self.device = folder, device
-        self.design = QUICK if quick else FULL
-        self.seeds = tuple(seeds or self.design["seeds"])
-        wanted = {name for name, arm in ARMS.items() if arm.quick or not quick} if arms is None else {BASELINE, *arms}
-        self.arms = {name: arm for name, arm in ARMS.items() if name in wanted}
-        self.world = folder / "world"
+
+class Study:
+    """The runs below one folder.
+
+    Args:
+        folder: of everything.
+        seeds: of the trainings; the first is that of the pictures, the tower and the language model, too.
+        arms: names in ARMS.
+        gpus: as in `ablation.runs.run_all`; without CUDA one None per run side by side.
+    """
+
+    def __init__(self, folder: Path, seeds: Sequence[int], arms: Sequence[str], gpus: Sequence[Optional[str]]):
+        self.folder, self.world, self.seeds, self.arms, self.gpus = folder, folder / "world", seeds, arms, gpus
+        sizes = {name: default for name, (default, _) in toy_run.WORLD.items()}
+        on_gpu = [gpu for gpu in gpus if gpu is not None]
+        self.options = argparse.Namespace(**{**sizes, **SPLITS, **STEPS}, gpus=on_gpu)
 
     def prepare(self) -> None:
-        """Make the toy world and probe its tower, once."""
-        if not self.world.exists():
-            incomplete = self.folder / "world.incomplete"
-            sizes = {name: default for name, (default, _) in SIZES.items()}
-            make_world(incomplete, {**sizes, **SPLITS}, 0, say)
+        """Make the toy world, with what only a study needs of it: a probe, a whitening, a finished plain LLaVA."""
+        if not toy_run.world_is_made(self.world, self.options):
+            from toy.probe import probe
+            from toy.whitening import fit_whitening
+
+            incomplete = self.world.with_name("world.incomplete")
+            shutil.rmtree(incomplete, ignore_errors=True)
+            sizes = {name: getattr(self.options, name) for name in toy_run.WORLD}
+            toy_run.make_world(incomplete, sizes, self.seeds[0], say)
             write(incomplete / "probe.json", json.dumps(probe(incomplete)))
-            fit_whitening(incomplete, incomplete / "whitening.pt")
+            fit_whitening(incomplete, incomplete / toy_run.WHITENING)
+            write(incomplete / "world.json", json.dumps({**sizes, "seed": self.seeds[0]}))
             incomplete.rename(self.world)
+        made = json.loads((self.world / "world.json").read_text())
+        if made["seed"] != self.seeds[0]:
+            raise ValueError(
+                f"--seeds {' '.join(map(str, self.seeds))}: {self.world} was made with the first seed {made['seed']}; "
+                f"begin with it, or give another --output"
+            )
+        if not (self.world / toy_run.RELEASED).exists():  # once the tower is where the checkpoint will look for it
+            say("Training a plain LLaVA, the released checkpoint")
+            output = self.folder / "released"
+            output.mkdir(exist_ok=True)
+            options = argparse.Namespace(**vars(self.options), seed=self.seeds[0], output=output, device=self.device)
+            toy_run.train(self.world, options, setting(BASELINE, TRIALS[0])[1])
+            (output / "llava-finetune").rename(self.world / toy_run.RELEASED)
+            shutil.rmtree(output)
 
-    def file(self, arm: str, trial: Trial, seed: int) -> Path:
-        name = arm.replace(" ", "-").replace(",", "")
-        return self.folder / "runs" / f"{name}-rate{trial[0]:g}x{trial[1]}-seed{seed}" / "result.json"
+    @property
+    def device(self) -> str:
+        return "cuda" if self.options.gpus else "cpu"
 
-    def run(self, arm: str, trial: Trial, seed: int) -> dict:
-        """Train and question one model, or read what an earlier call found."""
-        file = self.file(arm, trial, seed)
-        identity = {"flags": self.arms[arm].flags, "steps": self.design["steps"], "trial": list(trial), "seed": seed}
-        if file.exists():
-            found = json.loads(file.read_text())
-            if {name: found[name] for name in identity} != identity:
-                raise ValueError(f"{file} is of another design; give another --output")
-            return found
-        say(f"{arm}, rate {trial[0]:g} x {trial[1]}, seed {seed}")
-        file.parent.mkdir(parents=True, exist_ok=True)
-        found = {**identity, **self._train(arm, trial, seed, file.parent), **self._ask(arm, file.parent)}
-        write(file, json.dumps(found))
-        return found
-
-    def _inside(self, arm: str, function: Callable) -> Callable:
-        whitening = self.world / "whitening.pt"
-        return functools.partial(whitened, whitening, function) if self.arms[arm].whiten else function
-
-    def _train(self, arm: str, trial: Trial, seed: int, folder: Path) -> dict:
-        losses, gates, seconds, adapter = [], [], 0.0, None
-        flags = self.arms[arm].flags
-        weightless = not FUSIONS[flags.get("mm_fuser_fusion", "mmfuser")].has_weights
-        own = "mm_fuser_lr" if flags["mm_projector_type"] == "mmfuser" and not weightless else "mm_projector_lr"
-        given = {**recipe.DEMO, **flags, "learning_rate": trial[0], own: trial[0] * trial[1]}
-        for stage in recipe.STAGES:
-            output = folder / f"llava-{stage}"
-            given.update(max_steps=self.design["steps"][stage], pretrain_mm_mlp_adapter=adapter)
-            given.update(use_cpu=self.device == "cpu")
-            arguments = recipe.train_arguments(self.world, output, stage, **given)
-            run = self._inside(arm, recipe.run_train_py)
-            seconds += recipe.train(arguments, seed, folder / f"{stage}.log", run)
-            losses.append(recipe.curve(output, "loss"))
-            gates.append(recipe.curve(output, "mm_fuser_cross_gate"))
-            adapter = output / "mm_projector.bin"
-        return {"losses": losses, "gates": gates, "seconds": seconds}
-
-    def _ask(self, arm: str, folder: Path) -> dict:
-        """Which questions of both splits were answered right. Only `judge` looks at those of the held-out one."""
-        right, parameters = {}, 0
-        for split in SPLITS:
-            records = json.loads((self.world / "data" / f"{split}.json").read_text())
-            answer = self._inside(arm, asking.answer)
-            model, data, log = folder / "llava-finetune", self.world / "data", folder / f"{split}.log"
-            found = recipe.in_child(answer, model, data, records, self.device, log=log)
-            right[split] = {
-                kind: [int(text == str(record[kind])) for text, record in zip(given, records)]
-                for kind, given in found["answers"].items()
-            }
-            parameters = found["parameters"]
-        return {"right": right, "parameters": parameters}
-
-    def tune(self, arm: str) -> Trial:
-        """The trial whose first seed answers the most validation questions."""
-        scores = {}
-        for trial in self.design["trials"]:
-            right = self.run(arm, trial, self.seeds[0])["right"]["validation"]
-            scores[trial] = np.mean([np.mean(answers) for answers in right.values()])
-        return max(scores, key=scores.get)
-
-    def judge(self) -> Tuple[Dict[str, Trial], Dict[str, List[dict]]]:
-        """Tune every arm, then train it with every seed: trials, and results by arm."""
-        trials = {arm: self.tune(arm) for arm in self.arms}
-        results: Dict[str, List[dict]] = {arm: [] for arm in self.arms}
-        for seed in self.seeds:
+    def plan(self, trials: Dict[str, Sequence[Trial]], seeds: Sequence[int]) -> List[Run]:
+        template = tuple(toy_run.run_command(self.world, self.options))
+        runs = []
+        for seed in seeds:
             for arm in self.arms:
-                results[arm].append(self.run(arm, trials[arm], seed))
+                for trial in trials[arm]:
+                    name, flags = setting(arm, trial)
+                    folder = self.folder / "runs" / f"{folder_name(name)}-seed{seed}"
+                    runs.append(Run(name, flags, seed, template, folder))
+        return runs
+
+    def make(self, runs: Sequence[Run], lock: int) -> None:
+        """Make those of `runs` that are not done.
+
+        Raises:
+            ValueError: one failed, or is recorded as another run.
+        """
+        waiting = [run for run in runs if not run.done()]
+        left, started = len(waiting), time.monotonic()
+        failed: List[Run] = []
+
+        def ended(run: Run, record: dict) -> None:
+            nonlocal left
+            left -= 1
+            shutil.rmtree(run.folder / "llava-pretrain", ignore_errors=True)  # 100 of them would fill a disk
+            shutil.rmtree(run.folder / "llava-finetune", ignore_errors=True)
+            minutes = (time.monotonic() - started) / (len(waiting) - left) * left / 60
+            failed.extend([run] if record["status"] != "done" else [])
+            say(f"{record['status']}: {run.label} ({left} left, about {minutes:.0f} min)")
+
+        run_all(waiting, self.gpus, lock, lambda *_: None, ended)
+        if failed:
+            logs = ", ".join(str(run.log) for run in failed)
+            raise ValueError(f"{len(failed)} of {len(waiting)} runs failed; the same command makes them again: {logs}")
+
+    def tune(self, lock: int) -> Dict[str, Trial]:
+        """For every arm the trial whose first seed answers the most validation questions."""
+        say(f"Tuning {len(self.arms)} arms, {len(TRIALS)} trials each")
+        self.make(self.plan(dict.fromkeys(self.arms, TRIALS), self.seeds[:1]), lock)
+        best = {}
+        for arm in self.arms:
+            runs = self.plan({**dict.fromkeys(self.arms, ()), arm: TRIALS}, self.seeds[:1])
+            scores = [study_report.share(details(run), "all", "validation") for run in runs]
+            best[arm] = TRIALS[scores.index(max(scores))]
+        return best
+
+    def judge(self, lock: int) -> Tuple[Dict[str, Trial], Dict[str, List[dict]]]:
+        """Tune every arm, then train it with every seed: trials, and details by arm."""
+        trials = self.tune(lock)
+        say(f"Training {len(self.arms)} arms with {len(self.seeds)} seeds")
+        runs = self.plan({arm: (trial,) for arm, trial in trials.items()}, self.seeds)
+        self.make(runs, lock)
+        results: Dict[str, List[dict]] = {arm: [] for arm in self.arms}
+        for index, run in enumerate(runs):
+            results[self.arms[index % len(self.arms)]].append(details(run))
         return trials, results
+
+
+def details(run: Run) -> dict:
+    return json.loads((run.folder / "details.json").read_text())
 
 
 START = time.monotonic()
@@ -180,27 +193,44 @@ def say(text: str) -> None:
     print(f"[{time.monotonic() - START:5.0f}s] {text}", flush=True)
 
 
+def places() -> List[Optional[str]]:
+    """One run per processor core, or two per GPU: the toy is small."""
+    import torch
+
+    if torch.cuda.is_available():
+        return [str(index) for index in range(torch.cuda.device_count())] * 2
+    return [None] * len(os.sched_getaffinity(0))
+
+
 def main(given: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path(".study"), help="runs and report; kept and reused")
-    parser.add_argument("--quick", action="store_true", help="fewer arms, seeds and steps: under an hour")
-    parser.add_argument("--seeds", type=int, nargs="+", help="others than the design's, to see whether it repeats")
+    parser.add_argument("--quick", action="store_true", help="fewer arms and three seeds: about half an hour")
+    parser.add_argument(
+        "--seeds",
+        type=int,
+        nargs="+",
+        help="others than the design's; the first makes the toy, too",
+    )
     parser.add_argument("--arms", nargs="+", choices=list(ARMS), metavar="ARM", help=f"{BASELINE}, and these alone")
     options = parser.parse_args(given)
-    import torch
-
+    # One thread each, so that a run gives the same figures however many run beside it.
+    os.environ.update(OMP_NUM_THREADS="1", OMP_WAIT_POLICY="passive")
     exit_on_signals()
-    device = "cuda" if torch.cuda.is_available() else "cpu"
     folder = options.output.resolve()
-    folder.mkdir(parents=True, exist_ok=True)
-    study = Study(folder, options.quick, device, options.seeds, options.arms)
+    (folder / "runs").mkdir(parents=True, exist_ok=True)
+    wanted = {name for name, arm in ARMS.items() if arm.quick or not options.quick}
+    if options.arms:
+        wanted = {BASELINE, *options.arms, *(ARMS[arm].against for arm in options.arms)}
+    seeds = tuple(options.seeds or (QUICK_SEEDS if options.quick else SEEDS))
+    study = Study(folder, seeds, [arm for arm in ARMS if arm in wanted], places())
     try:
-        with locked(folder, "study.py"):
+        with locked(folder, "study.py") as lock:
             study.prepare()
-            trials, results = study.judge()
+            trials, results = study.judge(lock)
             probes = json.loads((study.world / "probe.json").read_text())
-            tables = {name: arm.table for name, arm in study.arms.items()}
-            report = study_report.report(study.design, study.seeds, trials, results, tables, BASELINE, probes, device)
+            arms = {name: ARMS[name] for name in study.arms}
+            report = study_report.report(STEPS, seeds, TRIALS, trials, results, arms, probes, study.device)
             write(folder / "report.md", report)
             study_report.draw(results, folder / "curves.png")
             print(report)

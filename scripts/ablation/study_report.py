@@ -1,40 +1,52 @@
 """The study's report: shares with intervals, paired differences to the baseline, gates, cost; the paper's tables."""
 
 from pathlib import Path
-from typing import Dict, List, Sequence, Tuple
+from typing import Dict, List, Mapping, Sequence, Tuple
 
 import numpy as np
+from scipy import stats
 
-DRAWS = 4000
 KINDS = ("number", "place", "light")
 Interval = Tuple[float, float, float]  # mean, and the 95 % interval around it
 
 
+def _answers(details: dict, kind: str, split: str) -> List[int]:
+    return [right for name in (KINDS if kind == "all" else (kind,)) for right in details["right"][split][name]]
+
+
+def share(details: dict, kind: str, split: str = "heldout") -> float:
+    """Of right answers to questions of this kind, or "all"."""
+    return float(np.mean(_answers(details, kind, split)))
+
+
 def correctness(results: Sequence[dict], kind: str) -> np.ndarray:
     """[seeds, questions] of 0 and 1 on the held-out pictures; kind "all" is every question of every kind."""
-    kinds = KINDS if kind == "all" else (kind,)
-    return np.array([[right for name in kinds for right in result["right"]["heldout"][name]] for result in results])
+    return np.array([_answers(details, kind, "heldout") for details in results])
 
 
-def bootstrap(values: np.ndarray) -> Interval:
-    """Mean of [seeds, questions] and its 95 % interval: seeds and questions are both drawn anew, with replacement."""
-    random = np.random.RandomState(0)
+def interval(values: np.ndarray) -> Interval:
+    """Mean of [seeds, questions] and its 95 % interval, for other seeds and other questions.
+
+    Seeds and questions are crossed: the variances of both means add up (which counts their interaction twice, to the
+    safe side), and Student's t with as many degrees of freedom as there are seeds, less one, makes up for few seeds.
+    A percentile bootstrap over five seeds is too narrow.
+    """
     seeds, questions = values.shape
-    means = [
-        values[random.randint(seeds, size=seeds)].mean(0)[random.randint(questions, size=questions)].mean()
-        for _ in range(DRAWS)
-    ]
-    low, high = np.percentile(means, [2.5, 97.5])
-    return float(values.mean()), float(low), float(high)
+    mean = float(values.mean())
+    if seeds == 1:
+        return mean, float("nan"), float("nan")
+    variance = values.mean(1).var(ddof=1) / seeds + values.mean(0).var(ddof=1) / questions
+    half = float(stats.t.ppf(0.975, seeds - 1) * np.sqrt(variance))
+    return mean, mean - half, mean + half
 
 
-def difference(results: Sequence[dict], baseline: Sequence[dict], kind: str) -> Interval:
-    """The same of the difference to the baseline, question by question, seed by seed."""
-    return bootstrap(correctness(results, kind) - correctness(baseline, kind))
+def difference(results: Sequence[dict], others: Sequence[dict], kind: str) -> Interval:
+    """The same of the difference to `others`, question by question, seed by seed."""
+    return interval(correctness(results, kind) - correctness(others, kind))
 
 
-def _cell(interval: Interval, sign: str = "") -> str:
-    mean, low, high = (100 * value for value in interval)
+def _cell(found: Interval, sign: str = "") -> str:
+    mean, low, high = (100 * value for value in found)
     return f"{mean:{sign}.1f} [{low:{sign}.1f}, {high:{sign}.1f}]"
 
 
@@ -42,40 +54,41 @@ def steps_to(results: Sequence[dict], threshold: float, window: int = 20) -> str
     """The mean step of stage 2 at which the smoothed loss falls below `threshold`, over the seeds where it does."""
     found = []
     for result in results:
-        smooth = np.convolve(result["losses"][1], np.ones(window) / window, "valid")
+        smooth = np.convolve(result["losses"]["finetune"], np.ones(window) / window, "valid")
         below = np.flatnonzero(smooth < threshold)
         found += [below[0] + window] if len(below) else []
     return f"{np.mean(found):.0f} ({len(found)}/{len(results)})" if found else f"never (0/{len(results)})"
 
 
 def report(
-    design: dict,
+    steps: Mapping[str, int],
     seeds: Sequence[int],
-    trials: Dict[str, Tuple[float, int]],
-    results: Dict[str, List[dict]],
-    tables: Dict[str, str],
-    baseline: str,
-    probes: List[Dict[str, float]],
+    offered: Sequence[Tuple[float, int]],
+    trials: Mapping[str, Tuple[float, int]],
+    results: Mapping[str, List[dict]],
+    arms: Mapping[str, "study.Arm"],  # noqa: F821
+    probes: Sequence[Dict[str, float]],
     device: str,
 ) -> str:
     """Markdown: the premise, one table per group of arms, cost.
 
     Args:
-        design: `trials`, `steps`.
+        steps: of both stages.
         seeds: of the final runs.
+        offered: all trials.
         trials: the tuned learning rate of every arm, and how many times higher that of its own weights is.
         results: one record per seed of every arm.
-        tables: the table that an arm belongs to; the baseline is repeated on top of each.
-        baseline: its name.
+        arms: what is said about each in `study.ARMS`. An arm that others are compared with is on top of their table.
         probes: of `toy.probe`.
         device: what the runs were made on.
     """
-    steps = " + ".join(str(count) for count in design["steps"].values())
+    questions = len(next(iter(results.values()))[0]["right"]["heldout"]["number"])
     lines = [
-        f"{len(results)} arms, {len(seeds)} seeds ({', '.join(map(str, seeds))}), {steps} steps, rates tuned among "
-        f"{', '.join(f'{rate:g} x {times}' for rate, times in design['trials'])} on validation pictures, on {device}. "
-        f"{correctness(results[baseline], 'number').shape[1]} held-out pictures. Percent right, with 95 % intervals "
-        "over seeds and questions; differences are paired.",
+        f"{len(results)} arms, {len(seeds)} seeds ({', '.join(map(str, seeds))}), "
+        f"{' + '.join(str(count) for count in steps.values())} steps, rates tuned among "
+        f"{', '.join(f'{rate:g} x {times}' for rate, times in offered)} on validation pictures, on {device}. "
+        f"{questions} held-out pictures. Percent right, with 95 % intervals over seeds and questions; differences are "
+        "paired.",
         "",
         "**Premise** (percent that a linear probe reads from one patch of each map)",
         "",
@@ -84,29 +97,40 @@ def report(
     ]
     for kind in KINDS:
         lines.append(f"| {kind} | " + " | ".join(f"{100 * layer[kind]:.0f}" for layer in probes) + " |")
-    for table in dict.fromkeys(tables.values()):
-        lines += ["", f"**{table[0].upper()}{table[1:]}**", ""]
-        lines.append(f"| arm | number | place | light | all | number, less {baseline} | all, less {baseline} |")
-        lines.append("|---|---|---|---|---|---|---|")
-        for arm in dict.fromkeys([baseline, *(name for name in results if tables[name] == table)]):
-            cells = [_cell(bootstrap(correctness(results[arm], kind))) for kind in (*KINDS, "all")]
-            compared = [_cell(difference(results[arm], results[baseline], k), "+") for k in ("number", "all")]
-            lines.append(" | ".join([f"| {arm}", *cells, *(compared if arm != baseline else ["", ""])]) + " |")
+    for table in dict.fromkeys(arm.table for arm in arms.values()):
+        members = [name for name in results if arms[name].table == table]
+        baseline = arms[members[0]].against
+        lines += ["", f"**{table[0].upper()}{table[1:]}** (+: compared with {baseline})", ""]
+        lines.append("| arm | number | place | light | all | number + | place + | light + | all + |")
+        lines.append("|---|---|---|---|---|---|---|---|---|")
+        for arm in dict.fromkeys([baseline, *members]):
+            cells = [_cell(interval(correctness(results[arm], kind))) for kind in (*KINDS, "all")]
+            for kind in (*KINDS, "all"):
+                compared = arm != baseline
+                cells.append(_cell(difference(results[arm], results[baseline], kind), "+") if compared else "")
+            lines.append(" | ".join([f"| {arm}", *cells]) + " |")
+    if "mmfuser" in results:
+        lines += ["", "**mmfuser compared with every other arm** (mmfuser's share less the arm's)", ""]
+        lines += ["| arm | number | place | light | all |", "|---|---|---|---|---|"]
+        for arm in results:
+            if arm != "mmfuser" and arms[arm].against == arms["mmfuser"].against:
+                cells = [_cell(difference(results["mmfuser"], results[arm], kind), "+") for kind in (*KINDS, "all")]
+                lines.append(" | ".join([f"| {arm}", *cells]) + " |")
     lines += ["", "**Cost and training**", ""]
     lines.append("| arm | rate | projector | seconds to train | last loss | steps to loss 0.4 | cross gate |")
     lines.append("|---|---|---|---|---|---|---|")
     for arm, found in results.items():
-        gates = [result["gates"][1][-1] for result in found if result["gates"][1]]
+        gates = [result["gates"]["finetune"][-1] for result in found if result["gates"]["finetune"]]
         lines.append(
             f"| {arm} | {trials[arm][0]:g} x {trials[arm][1]} | {found[0]['parameters']:,} "
-            f"| {np.mean([result['seconds'] for result in found]):.0f} "
-            f"| {np.mean([np.mean(result['losses'][1][-20:]) for result in found]):.3f} "
+            f"| {np.median([result['seconds'] for result in found]):.0f} "
+            f"| {np.mean([np.mean(result['losses']['finetune'][-20:]) for result in found]):.3f} "
             f"| {steps_to(found, 0.4)} | {f'{np.mean(gates):.3f}' if gates else ''} |"
         )
     return "\n".join(lines) + "\n"
 
 
-def draw(results: Dict[str, List[dict]], file: Path, window: int = 20) -> None:
+def draw(results: Mapping[str, List[dict]], file: Path, window: int = 20) -> None:
     """The smoothed losses of both stages, one line per arm: the mean over seeds."""
     import matplotlib
 
@@ -114,13 +138,14 @@ def draw(results: Dict[str, List[dict]], file: Path, window: int = 20) -> None:
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(1, 2, figsize=(13, 5.5), layout="constrained")
-    for stage, (axis, title) in enumerate(zip(axes, ("pretrain", "finetune"))):
+    for stage, axis in zip(("pretrain", "finetune"), axes):
         for index, (arm, found) in enumerate(results.items()):
-            curve = np.mean([result["losses"][stage] for result in found], axis=0)
-            smooth = np.convolve(curve, np.ones(min(window, len(curve))) / min(window, len(curve)), "valid")
-            style = "-" if index < 10 else "--"
-            axis.plot(np.arange(len(smooth)) + window, smooth, style, color=f"C{index % 10}", label=arm)
-        axis.set(title=f"{title} loss, mean of {window} steps and all seeds", xlabel="step", yscale="log")
+            if stage in found[0]["losses"]:  # a released checkpoint is not pretrained
+                curve = np.mean([result["losses"][stage] for result in found], axis=0)
+                smooth = np.convolve(curve, np.ones(min(window, len(curve))) / min(window, len(curve)), "valid")
+                style = "-" if index < 10 else "--"
+                axis.plot(np.arange(len(smooth)) + window, smooth, style, color=f"C{index % 10}", label=arm)
+        axis.set(title=f"{stage} loss, mean of {window} steps and all seeds", xlabel="step", yscale="log")
         axis.grid(alpha=0.3, which="both")
     axes[1].legend(fontsize=8)
     figure.savefig(file, dpi=110)

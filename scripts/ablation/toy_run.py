@@ -5,14 +5,15 @@ command line imports this file.
 """
 
 import argparse
+import functools
 import json
 import os
 import shutil
 import sys
 from pathlib import Path
-from typing import Dict, List, Sequence
+from typing import Dict, List, Sequence, Tuple
 
-from toy.recipe import FUSER, STAGES
+from toy.recipe import FUSER, STAGES, final
 from toy.recipe import STEPS as TRAINING
 from toy.world import SIZES as WORLD
 from toy.world import make_world
@@ -22,6 +23,7 @@ from llava_mmfuser.config import PROJECTOR_TYPE
 
 NEEDED = ("llava", "llava_mmfuser", "deepspeed", "sentencepiece", "sklearn", "skimage")  # as demo.sh --here
 WORLD_SEED = 0  # as in a real ablation, data and pretrained models are given: --seeds vary the training only
+WHITENING, RELEASED = "whitening.pt", "llava-released"  # in the world, where study.py made it
 SCRIPT = Path(__file__).resolve().parent.parent / "ablate.py"
 
 
@@ -86,34 +88,70 @@ def own_rate(flags: Sequence[str]) -> List[str]:
     return ["--mm_fuser_lr", str(FUSER["mm_fuser_lr"])] if trained and given.mm_fuser_lr is None else []
 
 
-def train_and_ask(world: Path, options: argparse.Namespace, flags: Sequence[str]) -> Dict[str, float]:
-    """Both stages through LLaVA's train.py, then the questions: losses, gates and the percentages of right answers."""
-    from toy import asking, recipe
+def toy_flags(flags: Sequence[str]) -> Tuple[argparse.Namespace, List[str]]:
+    """The flags that a setting has for the toy itself, and those for train.py."""
+    parser = argparse.ArgumentParser(allow_abbrev=False, add_help=False)
+    parser.add_argument("--toy_whiten", action="store_true")  # the map that LLaVA takes
+    parser.add_argument("--toy_released", action="store_true")  # finetune the world's plain LLaVA, all steps long
+    return parser.parse_known_args(flags)
 
-    metrics, adapter = {}, None
-    for stage in STAGES:
-        output = options.output / f"llava-{stage}"
-        arguments = recipe.train_arguments(
-            world,
-            output,
-            stage,
-            **recipe.DEMO,
-            max_steps=getattr(options, f"{stage}_steps"),
-            use_cpu=options.device == "cpu",
-            pretrain_mm_mlp_adapter=adapter,
-        )
-        recipe.train([*arguments, *own_rate(flags), *flags], options.seed, options.output / f"{stage}.log")
-        adapter = output / "mm_projector.bin"
-        metrics[f"{stage} loss"] = recipe.final(recipe.curve(output, "loss"))
-    gates = recipe.curve(output, "mm_fuser_cross_gate")
-    if gates:
-        metrics["cross gate"] = gates[-1]
-    records = json.loads((world / "data" / "heldout.json").read_text())
-    data, log = world / "data", options.output / "answers.log"
-    found = recipe.in_child(asking.answer, output, data, records, options.device, log=log)
-    for kind, value in asking.accuracy(found["answers"], records).items():
-        metrics[f"{kind} right (%)"] = 100 * value
-    return metrics
+
+def train(world: Path, options: argparse.Namespace, flags: Sequence[str]) -> dict:
+    """Both stages through LLaVA's train.py.
+
+    Returns:
+        `losses` and `gates`, by stage; `seconds`, of the processor where there is no GPU.
+    """
+    from toy import recipe, whitening
+
+    toy, flags = toy_flags(flags)
+    run = functools.partial(whitening.whitened, world / WHITENING, recipe.run_train_py) if toy.toy_whiten else None
+    given = {**recipe.DEMO, "use_cpu": options.device == "cpu"}
+    steps = {stage: getattr(options, f"{stage}_steps") for stage in STAGES}
+    if toy.toy_released:
+        given["model_name_or_path"] = world / RELEASED
+        steps = {"finetune": sum(steps.values())}
+    found = {"losses": {}, "gates": {}, "seconds": 0.0}
+    for stage in steps:
+        output, log = options.output / f"llava-{stage}", options.output / f"{stage}.log"
+        arguments = recipe.train_arguments(world, output, stage, **given, max_steps=steps[stage])
+        seconds, processor = recipe.train([*arguments, *own_rate(flags), *flags], options.seed, log, run)
+        given["pretrain_mm_mlp_adapter"] = output / "mm_projector.bin"
+        found["seconds"] += processor if options.device == "cpu" else seconds
+        found["losses"][stage] = recipe.curve(output, "loss")
+        found["gates"][stage] = recipe.curve(output, "mm_fuser_cross_gate")
+    return found
+
+
+def ask(world: Path, options: argparse.Namespace, flags: Sequence[str]) -> dict:
+    """Ask the trained model about the pictures that it did not train on.
+
+    Returns:
+        `right`, by split and kind of question a 0 or 1 per picture; `parameters` of the projector.
+    """
+    from toy import asking, recipe, whitening
+
+    answer = asking.answer
+    if toy_flags(flags)[0].toy_whiten:
+        answer = functools.partial(whitening.whitened, world / WHITENING, answer)
+    right = {}
+    for split in ("validation", "heldout"):
+        records = json.loads((world / "data" / f"{split}.json").read_text())
+        model, data, log = options.output / "llava-finetune", world / "data", options.output / f"{split}.log"
+        if records:
+            found = recipe.in_child(answer, model, data, records, options.device, log=log)
+            right[split] = asking.right(found["answers"], records)
+    return {"right": right, "parameters": found["parameters"]}
+
+
+def metrics(details: dict) -> Dict[str, float]:
+    """Losses, gates, and percentages of right answers about held-out pictures."""
+    found = {f"{stage} loss": final(losses) for stage, losses in details["losses"].items()}
+    if details["gates"]["finetune"]:
+        found["cross gate"] = details["gates"]["finetune"][-1]
+    for kind, right in details["right"]["heldout"].items():
+        found[f"{kind} right (%)"] = 100 * sum(right) / len(right)
+    return found
 
 
 def main(given: List[str]) -> None:
@@ -137,5 +175,6 @@ def main(given: List[str]) -> None:
     if options.mode == "world":
         make(options.world, options)
     else:
-        metrics = train_and_ask(options.world, options, flags)
-        (options.output / "metrics.json").write_text(json.dumps(metrics, indent=1))
+        details = {**train(options.world, options, flags), **ask(options.world, options, flags)}
+        (options.output / "details.json").write_text(json.dumps(details))
+        (options.output / "metrics.json").write_text(json.dumps(metrics(details), indent=1))

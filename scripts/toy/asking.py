@@ -73,9 +73,14 @@ def _ask(tokenizer, model, processor, data: Path, records: Sequence[dict], devic
     return answers
 
 
-def accuracy(answers: Answers, records: Sequence[dict]) -> Dict[str, float]:
-    """The fraction of exactly right answers to each kind of question."""
+def right(answers: Answers, records: Sequence[dict]) -> Dict[str, List[int]]:
+    """For each kind of question and each picture: 1 if the answer is exactly right, else 0."""
     return {
-        kind: sum(text == str(record[kind]) for text, record in zip(given, records)) / len(records)
+        kind: [int(text == str(record[kind])) for text, record in zip(given, records)]
         for kind, given in answers.items()
     }
+
+
+def accuracy(answers: Answers, records: Sequence[dict]) -> Dict[str, float]:
+    """The fraction of exactly right answers to each kind of question."""
+    return {kind: sum(values) / len(values) for kind, values in right(answers, records).items()}

@@ -1,5 +1,7 @@
 """LLaVA's scripts/v1_5 recipe at toy size, run by LLaVA's own train.py."""
 
+import functools
+import importlib.metadata
 import importlib.util
 import json
 import multiprocessing
@@ -10,7 +12,7 @@ import sys
 import time
 import traceback
 from pathlib import Path
-from typing import Any, Callable, List, Optional
+from typing import Any, Callable, List, Optional, Tuple
 
 ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1",
@@ -20,7 +22,8 @@ ENVIRONMENT = {
     "DS_ACCELERATOR": "cpu",
 }
 
-PRELOADED = ["llava.train.train", "llava.model.builder", "deepspeed"]  # deepspeed is imported when LLaVA saves
+# What LLaVA imports at its first optimizer (torch._dynamo) and as it saves (deepspeed) is there from the start.
+PRELOADED = ["llava.train.train", "llava.model.builder", "torch._dynamo", "deepspeed"]
 STAGES = ("pretrain", "finetune")
 STEPS = {"pretrain_steps": (150, "steps of stage 1"), "finetune_steps": (250, "steps of stage 2")}
 # A rate of its own, or the gates hardly open in so few steps; two points, because four would reach half of the map.
@@ -77,27 +80,31 @@ def train_arguments(world: Path, output: Path, stage: str = "pretrain", **option
     return [str(part) for name, value in flags.items() if value is not None for part in (f"--{name}", value)]
 
 
-def train(arguments: List[str], seed: int, log: Path, run: Optional[Callable] = None) -> float:
-    """Run train.py with these arguments and return the seconds; its output goes to `log`, its progress is shown.
+def train(arguments: List[str], seed: int, log: Path, run: Optional[Callable] = None) -> Tuple[float, float]:
+    """Run train.py with these arguments; its output goes to `log`, its progress is shown.
 
     train.py makes the projector before its Trainer applies --seed, so that torch is seeded here, too. `run` stands for
     `run_train_py` in the child.
+
+    Returns:
+        Seconds, and seconds of processor time.
 
     Raises:
         RuntimeError: train.py failed; the message ends with the last lines of `log`.
     """
     start = time.monotonic()
-    in_child(run or run_train_py, [*arguments, "--seed", str(seed)], seed, log=log)
-    return time.monotonic() - start
+    processor = in_child(run or run_train_py, [*arguments, "--seed", str(seed)], seed, log=log)
+    return time.monotonic() - start, processor
 
 
-def run_train_py(arguments: List[str], seed: int) -> None:
-    """LLaVA's train.py in this process, once."""
+def run_train_py(arguments: List[str], seed: int) -> float:
+    """LLaVA's train.py in this process, once; the processor time that it took."""
     import torch
 
     sys.argv = [str(train_py()), *arguments]
     torch.manual_seed(seed)
     runpy.run_path(sys.argv[0], run_name="__main__")
+    return time.process_time()
 
 
 def in_child(function: Callable, *arguments: Any, log: Path) -> Any:
@@ -147,6 +154,8 @@ def _call(function: Callable, arguments: tuple, log: Path, sender: Any) -> None:
     file = os.open(log, os.O_WRONLY | os.O_APPEND)
     os.dup2(file, 1)
     os.dup2(file, 2)
+    # transformers 4.37 looks up Pillow's eleven times per picture, which takes a third of a step of the toy
+    importlib.metadata.version = functools.cache(importlib.metadata.version)
     try:
         result = function(*arguments)
     except BaseException:
