@@ -162,20 +162,6 @@ def transformers_op() -> Callable:
     return run
 
 
-def deformops_op() -> Optional[Callable]:
-    """The deformops package's op, where it is installed (Python 3.12, torch 2.11); on CUDA that is Triton."""
-    try:
-        from deformops.registry import msda
-    except ImportError:
-        return None
-
-    def run(value, offsets, logits, grid):
-        weights = logits.to(value.dtype).flatten(3)
-        return msda(value, *places(offsets, grid).values(), weights, method="softmax").to(value.dtype)
-
-    return run
-
-
 def bench_op(rounds: int, dtype: torch.dtype, batch: int, grid: Any = GRID) -> List[Row]:
     """(a) the sampling op, value already projected: transformers' `grid_sample` per level, ours, and every other."""
     from llava_mmfuser.block.sampling import IMPLEMENTATIONS, deformable_sampling, unavailable
@@ -185,9 +171,6 @@ def bench_op(rounds: int, dtype: torch.dtype, batch: int, grid: Any = GRID) -> L
     for name in IMPLEMENTATIONS:
         if unavailable(name, DEVICE, dtype) is None:
             calls[name] = partial(deformable_sampling, *inputs, grid, implementation=name)
-    deformops = deformops_op()
-    if deformops:
-        calls["deformops"] = partial(deformops, *inputs, grid)
     compiled = compiled_op() if DEVICE.type == "cuda" else None
     forward = {name: without_gradients(call) for name, call in calls.items()}
     if compiled:
@@ -390,8 +373,8 @@ def fit_line(sizes: List[float], times: List[float]):
     return slope.item(), constant.item(), residual.item()
 
 
-def bench_llava(rounds: int, dtype: torch.dtype, batch: int, sizes: Dict[str, int]) -> List[Row]:
-    """(d) on a GPU: a pretraining step of a LLaVA-1.5-7B with random weights; only the projector is trained."""
+def random_llava(dtype: torch.dtype, batch: int, sizes: Dict[str, int]):
+    """A frozen LLaVA with random weights, without vision tower and projector, and the inputs of a pretraining step."""
     from llava.model import LlavaConfig, LlavaLlamaForCausalLM
 
     config = LlavaConfig(vocab_size=32000, max_position_embeddings=4096, **sizes)
@@ -407,14 +390,20 @@ def bench_llava(rounds: int, dtype: torch.dtype, batch: int, sizes: Dict[str, in
     ids = torch.randint(3, 32000, (batch, 40), device=DEVICE)
     ids[:, 1] = -200  # LLaVA's image token
     images = torch.randn(batch, 3, 336, 336, device=DEVICE, dtype=dtype)
+    return model.train(), dict(input_ids=ids, labels=ids.clamp(min=0), images=images)
+
+
+def bench_llava(rounds: int, dtype: torch.dtype, batch: int, sizes: Dict[str, int]) -> List[Row]:
+    """(d) on a GPU: a pretraining step of a LLaVA-1.5-7B with random weights; only the projector is trained."""
+    model, inputs = random_llava(dtype, batch, sizes)
     sides = {}
-    for kind, (tower, projector) in vision_paths(dtype, config.hidden_size).items():
+    for kind, (tower, projector) in vision_paths(dtype, model.config.hidden_size).items():
         optimizer = torch.optim.AdamW(projector.parameters(), lr=0.0)
 
         def step(tower=tower, projector=projector, optimizer=optimizer):
             model.model.vision_tower, model.model.mm_projector = tower, projector
             optimizer.zero_grad()
-            model.train()(input_ids=ids, labels=ids.clamp(min=0), images=images).loss.backward()
+            model(**inputs).loss.backward()
             optimizer.step()
 
         sides[kind] = step

@@ -11,6 +11,7 @@ import os
 import platform
 import re
 import shutil
+import socket
 import subprocess
 import sys
 import tempfile
@@ -199,6 +200,75 @@ def speed(size: Size) -> Iterator[Result]:
         yield Result(part, ratio <= limit if GPU and limit is not None else None, detail)
 
 
+def zero2(size: Size) -> Iterator[Result]:
+    """The same training step of LLaVA-1.5-7B under DeepSpeed's ZeRO-2, one process per GPU."""
+    count = torch.cuda.device_count() if GPU else 2
+    if count < 2:
+        yield Result("ZeRO-2", None, "needs several GPUs")
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "rows.json"
+        with socket.socket() as listener:
+            listener.bind(("127.0.0.1", 0))
+            port = listener.getsockname()[1]
+        torch.multiprocessing.spawn(zero2_rank, (count, port, size, file), nprocs=count)
+        rows = [benchmark.Row(*row) for row in json.loads(file.read_text())]
+    ROWS.extend(rows)
+    plain, fused = rows
+    benchmark.show(plain), benchmark.show(fused)
+    detail = f"{count} processes, {fused.ms:.0f} ms, {fused.ratio:.3f} of mlp2x_gelu; {fused.memory:.0f} MiB"
+    yield Result("ZeRO-2", True, f"{detail}, weights equal on all")
+
+
+def zero2_rank(rank: int, count: int, port: int, size: Size, file: Path) -> None:
+    """One process of `zero2`; the first writes its rows to `file`."""
+    sys.stdout = open(os.devnull, "w")
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(count))
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    if not GPU:
+        os.environ["DS_ACCELERATOR"] = "cpu"
+    import deepspeed
+
+    if not GPU:
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # would be compiled for minutes
+    use_sizes(size, torch.device("cuda", rank) if GPU else torch.device("cpu"))
+    torch.manual_seed(0)  # the same weights everywhere, and other pictures
+    dtype = torch.bfloat16
+    paths = benchmark.vision_paths(dtype, size.llama["hidden_size"])
+    model, inputs = benchmark.random_llava(dtype, size.batch, size.llama)
+    torch.manual_seed(rank)
+    inputs["images"].normal_()
+    rows: List[benchmark.Row] = []
+    for kind, (tower, projector) in paths.items():
+        model.model.vision_tower, model.model.mm_projector = tower, projector.requires_grad_()
+        config = {
+            "train_micro_batch_size_per_gpu": size.batch,
+            "bf16": {"enabled": True},
+            "zero_optimization": {"stage": 2},
+            "zero_allow_untested_optimizer": True,
+        }
+        optimizer = torch.optim.AdamW(projector.parameters(), lr=1e-3)
+        engine = deepspeed.initialize(model=model, optimizer=optimizer, config=config)[0]
+
+        def step(engine=engine):
+            engine.backward(engine(**inputs).loss)
+            engine.step()
+
+        rows += benchmark.measure(f"ZeRO-2 training step, B={size.batch}", {kind: step}, max(size.rounds // 3, 1), True)
+        for name, parameter in projector.named_parameters():
+            others = [torch.empty_like(parameter) for _ in range(count)]
+            torch.distributed.all_gather(others, parameter.detach())
+            if not all(torch.equal(parameter, other) and parameter.isfinite().all() for other in others):
+                raise RuntimeError(
+                    f"after steps under ZeRO-2 {name} of {kind} is not the same, and finite, on all ranks"
+                )
+        engine.destroy()
+    if rank == 0:
+        plain, fused = rows
+        ratios = dict(ratio=fused.ms / plain.ms, memory_ratio=fused.memory / max(plain.memory, 1e-9))
+        write(file, json.dumps([plain, fused._replace(**ratios)]))
+
+
 ROWS: List[benchmark.Row] = []
 # TB/s out of memory, TB/s out of all L1 caches (128 bytes per clock and multiprocessor), TFLOP/s in float32 and bf16.
 DEVICES = {"A100": (2.04, 19.5, 19.5, 312), "H100": (3.35, 29.7, 66.9, 989), "H200": (4.8, 29.7, 66.9, 989)}
@@ -321,8 +391,14 @@ PARTS: Dict[str, Callable[[Size], Iterator[Result]]] = {
     "definition": definition,
     "launches": launches,
     "speed": speed,
+    "zero2": zero2,
     "arithmetic": arithmetic,
 }
+
+
+def use_sizes(size: Size, device: torch.device) -> None:
+    benchmark.DEVICE = device
+    benchmark.WIDTH, benchmark.HEADS, benchmark.GRID = size.width, size.heads, size.grid
 
 
 def main() -> int:
@@ -332,8 +408,7 @@ def main() -> int:
     parser.add_argument("--json", metavar="FILE", default="gpu_check.json", help="default: gpu_check.json")
     options = parser.parse_args()
     size = SIZES[options.size or ("full" if GPU else "tiny")]
-    benchmark.DEVICE = torch.device("cuda" if GPU else "cpu", *([0] if GPU else []))
-    benchmark.WIDTH, benchmark.HEADS, benchmark.GRID = size.width, size.heads, size.grid
+    use_sizes(size, torch.device("cuda", 0) if GPU else torch.device("cpu"))
     torch.manual_seed(0)
     results: List[Result] = []
     for part in options.parts:

@@ -13,79 +13,100 @@ import numpy as np
 import pytest
 import study
 import torch
-from ablation import study_report
+from ablation import study_report, toy_run
 from toy import asking, models, pictures, probe, recipe, whitening
+
+DETAILS = """
+import json, sys
+output, seed, *flags = sys.argv[1:]
+fast, helped = "0.01" in flags, "mmfuser" in flags
+shares = {"validation": [int(fast == helped)] * 4, "heldout": [1 - int(fast == helped), int(helped), 0, 1]}
+details = {
+    "losses": {"pretrain": [2.0] * 30, "finetune": [1.0] * 30 + [0.1] * 30},
+    "gates": {"pretrain": [], "finetune": [0.2] * helped},
+    "seconds": 1,
+    "parameters": 5,
+    "right": {split: dict.fromkeys(("number", "place", "light"), right) for split, right in shares.items()},
+}
+json.dump(details, open(output + "/details.json", "w"))
+json.dump({"score": 1}, open(output + "/metrics.json", "w"))
+sys.exit(int(seed) == 7)
+"""
 
 
 @pytest.fixture
-def quick(tmp_path, monkeypatch):
-    """A study of two arms whose runs are made up; its runs are listed in `made`."""
-    monkeypatch.setattr(study, "ARMS", {name: study.ARMS[name] for name in (study.BASELINE, "mmfuser")})
-    made = study.Study(tmp_path, quick=True, device="cpu")
-    made.made = []
-
-    def train(arm, trial, seed, folder):
-        made.made.append((arm, trial, seed))
-        return {
-            "losses": [[2.0] * 30, [1.0] * 30 + [0.1] * 30],
-            "gates": [[], [0.2] * (arm == "mmfuser")],
-            "seconds": 1,
-        }
-
-    def ask(arm, folder):
-        fast, helped = "x5" in folder.name, arm == "mmfuser"
-        right = {
-            "validation": dict.fromkeys(study_report.KINDS, [int(fast == helped)] * 4),  # the arms want different rates
-            "heldout": dict.fromkeys(study_report.KINDS, [1 - int(fast == helped), int(helped), 0, 1]),
-        }
-        return {"right": right, "parameters": 5}
-
-    monkeypatch.setattr(made, "_train", train)
-    monkeypatch.setattr(made, "_ask", ask)
-    return made
-
-
-def test_rates_are_tuned_on_validation_pictures_only_and_runs_are_reused(quick):
-    trials, results = quick.judge()
-    assert trials == {study.BASELINE: (2e-3, 1), "mmfuser": (2e-3, 5)}, "though held-out pictures say the opposite"
-    assert len(quick.made) == len(set(quick.made)) == 2 * 2 + 2 * 2, "both trials, then two more seeds"
-    assert [len(found) for found in results.values()] == [3, 3]
-    quick.made.clear()
-    assert quick.judge() == (trials, results) and not quick.made
-    file = quick.file("mmfuser", (2e-3, 5), 1)
-    file.write_text(json.dumps({**json.loads(file.read_text()), "steps": {"pretrain": 1, "finetune": 1}}))
-    with pytest.raises(ValueError, match="is of another design; give another --output"):
-        quick.judge()
-
-
-def test_report_says_what_was_measured(quick, tmp_path):
-    trials, results = quick.judge()
-    tables = {name: arm.table for name, arm in quick.arms.items()}
+def made_up(tmp_path, monkeypatch):
+    """`main` on two arms and a toy whose runs are DETAILS: on validation pictures mmfuser is better at the high rate
+    and the query alone at the low one, on held-out pictures the other way round."""
+    script = tmp_path / "details.py"
+    script.write_text(DETAILS)
+    world = tmp_path / "study" / "world"
+    (world / toy_run.RELEASED).mkdir(parents=True)
     probes = [dict.fromkeys(study_report.KINDS, 0.25)] * 2
-    text = study_report.report(quick.design, quick.seeds, trials, results, tables, study.BASELINE, probes, "cpu")
+    (world / "probe.json").write_text(json.dumps(probes))
+    sizes = {**{name: default for name, (default, _) in toy_run.WORLD.items()}, **study.SPLITS}
+    (world / "world.json").write_text(json.dumps({**sizes, "seed": 0}))
+    command = [sys.executable, "-S", str(script), "{output}", "{seed}", "{flags}"]
+    monkeypatch.setattr(toy_run, "run_command", lambda *_: command)
+    monkeypatch.setattr(os, "environ", {**os.environ})
+    return lambda *given: study.main(["--output", str(tmp_path / "study"), "--arms", "mmfuser", *given])
+
+
+def runs_below(folder):
+    return {file.stem: file.stat().st_mtime_ns for file in (folder / "runs").glob("*.json")}
+
+
+def test_rates_are_tuned_on_validation_pictures_only_and_runs_are_reused(made_up, tmp_path, capsys):
+    assert made_up("--seeds", "0", "1", "2") == 0
+    made = runs_below(tmp_path / "study")
+    assert len(made) == 2 * 2 + 2 * 2, "both trials with the first seed, then two more seeds of the better one"
+    assert {name for name in made if name.endswith("seed1")} == {
+        "llava-query-alone,-0.002-x-1-seed1",
+        "llava-mmfuser,-0.002-x-5-seed1",
+    }, "though held-out pictures say the opposite"
+    text = (tmp_path / "study" / "report.md").read_text()
     assert "| number | 25 | 25 |" in text and "| mmfuser | 0.002 x 5 | 5 | 1 | 0.100 | 44 (3/3) | 0.200 |" in text
     row = next(line for line in text.splitlines() if line.startswith("| mmfuser | 50.0"))
-    assert row.split(" | ")[5].startswith("+25.0 [+0.0, "), "one of four questions more, in every seed"
-    study_report.draw(results, tmp_path / "curves.png")
-    assert (tmp_path / "curves.png").stat().st_size > 10000
+    assert row.split(" | ")[5].startswith("+25.0 ["), "one of four questions more, in every seed"
+    assert (tmp_path / "study" / "curves.png").stat().st_size > 10000
+    assert made_up("--seeds", "0", "1", "2") == 0
+    assert runs_below(tmp_path / "study") == made, "the same command again makes nothing"
+    assert made_up("--seeds", "1", "2") == 2
+    assert "was made with the first seed 0; begin with it, or give another --output" in capsys.readouterr().err
 
 
-def test_a_study_can_be_cut_to_some_arms(tmp_path):
-    assert list(study.Study(tmp_path, True, "cpu", arms=["dense", "mean"]).arms) == [study.BASELINE, "mean", "dense"]
+def test_a_failed_run_is_named_and_made_again(made_up, tmp_path, capsys):
+    assert made_up("--seeds", "0", "7") == 2
+    assert "2 of 2 runs failed; the same command makes them again: " in capsys.readouterr().err
+    assert not (tmp_path / "study" / "report.md").exists()
+    (tmp_path / "details.py").write_text(DETAILS.replace("sys.exit", "bool"))
+    assert made_up("--seeds", "0", "7") == 0
 
 
-def test_every_study_arm_is_understood(tmp_path):
-    names = {name for name, arm in study.ARMS.items() if arm.quick}
-    assert study.BASELINE in names and {arm.table for arm in study.ARMS.values()} > {"fusions", "modules"}
-    files = [study.Study(tmp_path, False, "cpu").file(name, (1e-3, 5), 0) for name in study.ARMS]
-    assert len(set(files)) == len(study.ARMS)
+def test_every_study_arm_is_understood():
+    tables = {arm.table: study.ARMS[arm.against].table for arm in study.ARMS.values()}
+    assert {"fusions", "layer sets", "attention kinds", "modules"} < set(tables)
+    assert all(tables[arm.table] in (arm.table, "controls") for arm in study.ARMS.values())
+    flags = [study.setting(arm, trial)[1] for arm in study.ARMS for trial in study.TRIALS]
+    assert len(set(flags)) == len(flags), "no two arms or trials are the same"
+    for name, arm in study.ARMS.items():
+        own = {flag for flag in study.setting(name, study.TRIALS[1])[1] if flag.endswith("_lr")}
+        weightless = "mlp" in arm.flags or name == "mean"
+        assert own == {"--mm_projector_lr" if weightless else "--mm_fuser_lr"}, name
 
 
-def test_bootstrap_is_paired_and_covers_seeds():
+def test_intervals_are_paired_and_cover_seeds_and_questions():
     same = np.tile([[1, 0, 1, 0]], (3, 1))
-    assert study_report.bootstrap(same - same) == (0, 0, 0)
-    seeds = np.array([[1] * 50, [0] * 50])
-    assert study_report.bootstrap(seeds) == (0.5, 0.0, 1.0), "two seeds that disagree leave everything open"
+    assert study_report.interval(same - same) == (0, 0, 0)
+    mean, low, high = study_report.interval(np.array([[1] * 50, [0] * 50]))
+    assert mean == 0.5 and low < 0 and high > 1, "two seeds that disagree leave everything open"
+    random = np.random.RandomState(0)
+    hits = 0
+    for _ in range(200):  # three seeds that differ by 0.1, 100 questions that differ by 0.2, around 0.5
+        seeds, questions = 0.1 * random.randn(3, 1), 0.2 * random.randn(1, 100)
+        _, low, high = study_report.interval((random.rand(3, 100) < 0.5 + seeds + questions).astype(float))
+        hits += low <= 0.5 <= high
+    assert hits >= 190, "a percentile bootstrap reaches 182"
 
 
 def test_pictures_say_what_they_show(tmp_path):
