@@ -4,20 +4,24 @@ Nothing chooses it by itself: it is a yardstick, which no GPU of ours has compar
 """
 
 from importlib import import_module
-from importlib.util import find_spec
-from typing import Optional, Tuple
+from typing import Callable, Optional, Tuple
 
 import torch
 
 from .sampling_reference import cell_positions
 
+_msda: Optional[Callable[..., torch.Tensor]] = None  # once `unavailable` found that it can run
+
 
 def unavailable() -> Optional[str]:
-    """Why it cannot run here; None if it can."""
-    if find_spec("deformops") is None:
-        return "the deformops package is not installed; pip install deformops (Python 3.12 and torch 2.11 or newer)"
+    """Why it cannot run here; None if it can. Asked before every choice."""
+    global _msda
     if torch.are_deterministic_algorithms_enabled():
         return "deformops has no deterministic mode"
+    try:  # not an import statement: transformers would ask users of an exported folder, which holds this, to install it
+        _msda = import_module("deformops.registry").msda
+    except ImportError as error:
+        return f"deformops, for Python 3.12 and torch 2.11 or newer, cannot be imported: {error}"
     return None
 
 
@@ -25,8 +29,7 @@ def deformable_sampling(
     value: torch.Tensor, offsets: torch.Tensor, logits: torch.Tensor, grid: Tuple[int, int]
 ) -> torch.Tensor:
     """See `sampling.deformable_sampling`."""
-    # Not an import statement: transformers would ask users of an exported folder, which holds this file, to install it.
-    msda = import_module("deformops.registry").msda
+    assert _msda is not None
     height, width = grid
     queries, levels = offsets.shape[1], offsets.shape[3]
     row, column = cell_positions(grid, offsets.float())
@@ -35,4 +38,4 @@ def deformable_sampling(
     shapes = torch.tensor([grid] * levels, device=value.device)
     starts = queries * torch.arange(levels, device=value.device)
     weights = logits.to(value.dtype).flatten(3)
-    return msda(value, shapes, starts, locations.contiguous(), weights, method="softmax").to(value.dtype)
+    return _msda(value, shapes, starts, locations.contiguous(), weights, method="softmax").to(value.dtype)

@@ -198,10 +198,12 @@ def test_deformops_is_the_same_function(monkeypatch, fresh_choice, dtype, case):
 
 
 def test_deformops_is_refused_where_it_is_not_and_where_it_would_not_repeat(monkeypatch):
-    monkeypatch.setattr(sampling_deformops, "find_spec", lambda name: None)
-    assert "pip install deformops" in unavailable("deformops", torch.device("cuda"), torch.float32)
-    monkeypatch.setattr(sampling_deformops, "find_spec", lambda name: name)
-    assert unavailable("deformops", torch.device("cuda"), torch.float32) is None
+    def missing(name):
+        raise ImportError(f"No module named {name!r}")
+
+    monkeypatch.setattr(sampling_deformops, "import_module", missing)
+    reason = unavailable("deformops", torch.device("cuda"), torch.float32)
+    assert reason.endswith("cannot be imported: No module named 'deformops.registry'") and "Python 3.12" in reason
     monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: True)
     with pytest.raises(ValueError, match="deformops' cannot run here: deformops has no deterministic mode"):
         deformable_sampling(*inputs(), (5, 5), "deformops")
