@@ -317,11 +317,11 @@ def _run(options: argparse.Namespace) -> int:
 
 
 def _status(options: argparse.Namespace) -> int:
-    from .installation import status
+    from .installation import EXPORTED, status
 
     found = status()
     parts = {purpose: "yes" if reason is None else f"no, {reason}" for purpose, reason in found["parts"].items()}
-    absent = [purpose for purpose, reason in found["parts"].items() if reason is not None]
+    absent = [purpose for purpose, reason in found["parts"].items() if reason is not None and purpose != EXPORTED]
     lines = [
         f"active: {', without '.join(['yes', *absent]) if found['active'] else 'no, ' + found['reason']}",
         *(f"  {purpose}: {answer}" for purpose, answer in parts.items()),

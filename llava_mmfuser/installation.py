@@ -2,15 +2,17 @@
 
 import contextlib
 import importlib
+import re
 import sys
 import textwrap
 import types
 from importlib import util
-from typing import Any, Dict, Optional, Tuple
+from typing import Any, Dict, List, Optional, Tuple
 
-from .patching import folder_of
+from .patching import HOOK_OFF, applied, check_row, folder_of
 
 _BROKEN = (Exception, SystemExit)  # what a module may raise while it is imported
+EXPORTED = "exported folders"  # what transformers' own LLaVA is patched for
 _DISTRIBUTIONS = ("llava_mmfuser", "llava", "llava-torch", "torch", "transformers", "deepspeed", "flash-attn", "triton")
 
 
@@ -53,6 +55,8 @@ def status() -> Dict[str, Any]:
                 if skip and row.host is not None:
                     state = "absent"
                 found["targets"].append((row.target, state, detail))
+        found["parts"][EXPORTED], rows = _second_host()
+        found["targets"] += rows
         found["active"] = found["reason"] is None
         found["llava"] = folder_of(llava_patch.ESSENTIAL)
         for device in ("cpu", "cuda"):
@@ -61,6 +65,21 @@ def status() -> Dict[str, Any]:
             except Exception as error:
                 found["implementations"][device] = explain(error)
     return found
+
+
+def _second_host() -> Tuple[Optional[str], List[Tuple[str, str, str]]]:
+    """Why transformers' own LLaVA is not patched, or None; and its targets."""
+    from . import transformers_patch
+
+    version = str(_version_of("transformers"))
+    if [int(number) for number in re.findall(r"\d+", version)[:2]] < [4, 57]:
+        return f"they need transformers 4.57 or newer, and this is {version}", []
+    try:
+        importlib.import_module(transformers_patch.HOST)
+    except _BROKEN as error:
+        return explain(error), []
+    reason = applied.get(transformers_patch.HOST, HOOK_OFF)
+    return reason, [(row.target, *check_row(row)) for row in transformers_patch.PATCHES]
 
 
 def explain(error: BaseException) -> str:

@@ -12,7 +12,7 @@ from typing import Optional, Tuple
 
 from .config import PROJECTOR_TYPE
 from .hooks import arguments, loading, model, optimizer, resuming, run, tower
-from .patching import Patch, applied, check_row, folder_of, replace, restore
+from .patching import HOOK_OFF, Patch, applied, check_row, folder_of, replace, restore
 
 _CLIP_TOWER = "llava.model.multimodal_encoder.clip_encoder:CLIPVisionTower"
 _SIGLIP, _NEXT = "llava.model.multimodal_encoder.siglip_encoder", "LLaVA-NeXT"
@@ -148,7 +148,7 @@ def revert(module: Optional[str] = None) -> bool:
 
 def why_unpatched(module: str) -> Optional[str]:
     """Why the rows of an imported module are not in place; None where they are."""
-    return applied.get(ESSENTIAL) or applied.get(module, "the hook is off; call llava_mmfuser.activate()")
+    return applied.get(ESSENTIAL) or applied.get(module, HOOK_OFF)
 
 
 def state_of(row: Patch) -> Tuple[str, str]:

@@ -20,7 +20,8 @@ class Patch(NamedTuple):
     host: Optional[str] = None  # the LLaVA that has it, where others have not even its module
 
 
-# Module of LLaVA -> None, or why its rows were not applied; kept by `llava_patch.apply`.
+HOOK_OFF = "the hook is off; call llava_mmfuser.activate()"
+# Module of a host -> None, or why its rows were not applied; kept by `apply` of the table that has them.
 applied: Dict[str, Optional[str]] = {}
 _originals: Dict[str, Any] = {}
 # target -> where `replace` wrote its stand-in; a module may have been imported anew since

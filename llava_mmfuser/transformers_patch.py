@@ -17,6 +17,7 @@ def projector_init(original, self, config):
         return original(self, config)
     from .export.modeling_llava_mmfuser import LlavaMMFuserProjector
 
+    vars(config).pop("auto_map", None)  # it names the folder's code, which the stock classes do not save
     self.__class__ = LlavaMMFuserProjector
     LlavaMMFuserProjector.__init__(self, config)
 

@@ -130,7 +130,19 @@ def test_with_the_package_installed_the_stock_class_has_the_fuser(name, tmp_path
     model.save_pretrained(tmp_path / "again")
     again = LlavaForConditionalGeneration.from_pretrained(tmp_path / "again").eval()
     assert torch.equal(again(**inputs).logits, expected)
+    again = AutoModelForImageTextToText.from_pretrained(tmp_path / "again").eval()  # which asks for no code
+    assert torch.equal(again(**inputs).logits, expected)
     assert torch.equal(load(MADE / name)(**inputs).logits, expected)  # by the folder's code, which goes before
+
+
+def test_status_tells_of_this_host(without_package):
+    from llava_mmfuser.installation import EXPORTED, HOOK_OFF, status
+
+    assert status()["parts"][EXPORTED] == HOOK_OFF
+    without_package.activate()
+    found = status()
+    assert found["parts"][EXPORTED] is None
+    assert ["ok"] * 3 == [state for target, state, _ in found["targets"] if "modeling_llava:" in target]
 
 
 def test_with_the_package_installed_plain_folders_are_loaded_as_without_it(without_package):
