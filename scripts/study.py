@@ -5,6 +5,7 @@ report.md and curves.png in the output folder are made at the end.
 """
 
 import argparse
+import functools
 import json
 import os
 import shlex
@@ -124,16 +125,10 @@ class Study:
     def device(self) -> str:
         return "cuda" if self.options.gpus else "cpu"
 
-    def plan(self, trials: Dict[str, Sequence[Trial]], seeds: Sequence[int]) -> List[Run]:
+    def run(self, arm: str, trial: Trial, seed: int) -> Run:
+        name, flags = setting(arm, trial)
         template = tuple(toy_run.run_command(self.world, self.options))
-        runs = []
-        for seed in seeds:
-            for arm in self.arms:
-                for trial in trials[arm]:
-                    name, flags = setting(arm, trial)
-                    folder = self.folder / "runs" / f"{folder_name(name)}-seed{seed}"
-                    runs.append(Run(name, flags, seed, template, folder))
-        return runs
+        return Run(name, flags, seed, template, self.folder / "runs" / f"{folder_name(name)}-seed{seed}")
 
     def make(self, runs: Sequence[Run], lock: int) -> None:
         """Make those of `runs` that are not done.
@@ -162,24 +157,20 @@ class Study:
     def tune(self, lock: int) -> Dict[str, Trial]:
         """For every arm the trial whose first seed answers the most validation questions."""
         say(f"Tuning {len(self.arms)} arms, {len(TRIALS)} trials each")
-        self.make(self.plan(dict.fromkeys(self.arms, TRIALS), self.seeds[:1]), lock)
-        best = {}
-        for arm in self.arms:
-            runs = self.plan({**dict.fromkeys(self.arms, ()), arm: TRIALS}, self.seeds[:1])
-            scores = [study_report.share(details(run), "all", "validation") for run in runs]
-            best[arm] = TRIALS[scores.index(max(scores))]
-        return best
+        seed = self.seeds[0]
+        self.make([self.run(arm, trial, seed) for arm in self.arms for trial in TRIALS], lock)
+
+        def score(arm: str, trial: Trial) -> float:
+            return study_report.share(details(self.run(arm, trial, seed)), "all", "validation")
+
+        return {arm: max(TRIALS, key=functools.partial(score, arm)) for arm in self.arms}
 
     def judge(self, lock: int) -> Tuple[Dict[str, Trial], Dict[str, List[dict]]]:
         """Tune every arm, then train it with every seed: trials, and details by arm."""
         trials = self.tune(lock)
         say(f"Training {len(self.arms)} arms with {len(self.seeds)} seeds")
-        runs = self.plan({arm: (trial,) for arm, trial in trials.items()}, self.seeds)
-        self.make(runs, lock)
-        results: Dict[str, List[dict]] = {arm: [] for arm in self.arms}
-        for index, run in enumerate(runs):
-            results[self.arms[index % len(self.arms)]].append(details(run))
-        return trials, results
+        self.make([self.run(arm, trials[arm], seed) for seed in self.seeds for arm in self.arms], lock)
+        return trials, {arm: [details(self.run(arm, trials[arm], seed)) for seed in self.seeds] for arm in self.arms}
 
 
 def details(run: Run) -> dict:

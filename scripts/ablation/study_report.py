@@ -7,7 +7,7 @@ import numpy as np
 from scipy import stats
 
 KINDS = ("number", "place", "light")
-Interval = Tuple[float, float, float]  # mean, and the 95 % interval around it
+Interval = Tuple[float, float]  # mean, and half the width of the 95 % interval around it
 
 
 def _answers(details: dict, kind: str, split: str) -> List[int]:
@@ -25,19 +25,15 @@ def correctness(results: Sequence[dict], kind: str) -> np.ndarray:
 
 
 def interval(values: np.ndarray) -> Interval:
-    """Mean of [seeds, questions] and its 95 % interval, for other seeds and other questions.
+    """Mean of [seeds, questions], and half of its 95 % interval for other seeds and other questions.
 
     Seeds and questions are crossed: the variances of both means add up (which counts their interaction twice, to the
     safe side), and Student's t with as many degrees of freedom as there are seeds, less one, makes up for few seeds.
     A percentile bootstrap over five seeds is too narrow.
     """
     seeds, questions = values.shape
-    mean = float(values.mean())
-    if seeds == 1:
-        return mean, float("nan"), float("nan")
-    variance = values.mean(1).var(ddof=1) / seeds + values.mean(0).var(ddof=1) / questions
-    half = float(stats.t.ppf(0.975, seeds - 1) * np.sqrt(variance))
-    return mean, mean - half, mean + half
+    variance = values.mean(1).var(ddof=1) / seeds + values.mean(0).var(ddof=1) / questions if seeds > 1 else np.nan
+    return float(values.mean()), float(stats.t.ppf(0.975, seeds - 1) * np.sqrt(variance))
 
 
 def difference(results: Sequence[dict], others: Sequence[dict], kind: str) -> Interval:
@@ -46,8 +42,8 @@ def difference(results: Sequence[dict], others: Sequence[dict], kind: str) -> In
 
 
 def _cell(found: Interval, sign: str = "") -> str:
-    mean, low, high = (100 * value for value in found)
-    return f"{mean:{sign}.1f} [{low:{sign}.1f}, {high:{sign}.1f}]"
+    mean, half = (100 * value for value in found)
+    return f"{mean:{sign}.1f}" + (f" ± {half:.1f}" if np.isfinite(half) else "")
 
 
 def steps_to(results: Sequence[dict], threshold: float, window: int = 20) -> str:
@@ -87,8 +83,8 @@ def report(
         f"{len(results)} arms, {len(seeds)} seeds ({', '.join(map(str, seeds))}), "
         f"{' + '.join(str(count) for count in steps.values())} steps, rates tuned among "
         f"{', '.join(f'{rate:g} x {times}' for rate, times in offered)} on validation pictures, on {device}. "
-        f"{questions} held-out pictures. Percent right, with 95 % intervals over seeds and questions; differences are "
-        "paired.",
+        f"{questions} held-out pictures. Percent right ± half of the 95 % interval over seeds and questions; "
+        "differences are paired.",
         "",
         "**Premise** (percent that a linear probe reads from one patch of each map)",
         "",
