@@ -55,8 +55,8 @@ def status() -> Dict[str, Any]:
                 if skip and row.host is not None:
                     state = "absent"
                 found["targets"].append((row.target, state, detail))
-        found["parts"][EXPORTED], rows = _second_host()
-        found["targets"] += rows
+        found["parts"][EXPORTED], targets = _second_host()
+        found["targets"] += targets
         found["active"] = found["reason"] is None
         found["llava"] = folder_of(llava_patch.ESSENTIAL)
         for device in ("cpu", "cuda"):

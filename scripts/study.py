@@ -27,7 +27,7 @@ FUSER = "--mm_projector_type mmfuser --mm_fuser_num_heads 4"
 TWO_POINTS = f"{FUSER} --mm_fuser_num_points 2"
 FUSION = "--mm_projector_type mmfuser --mm_fuser_fusion"
 BASELINE = "query alone"
-RELEASED = "released, finetuned on"
+FINETUNED_ON = "released, finetuned on"
 
 
 class Arm(NamedTuple):
@@ -55,14 +55,17 @@ ARMS = {
     "window": Arm("attention kinds", f"{FUSER} --mm_fuser_attention window"),
     "dense": Arm("attention kinds", f"{FUSER} --mm_fuser_attention dense", quick=False),
     "cross-attention only": Arm("modules", f"{TWO_POINTS} --mm_fuser_self_attention False"),
-    RELEASED: Arm("a released checkpoint", f"{PLAIN} --toy_released", against=RELEASED),
-    "released, with mmfuser": Arm("a released checkpoint", f"{TWO_POINTS} --toy_released", against=RELEASED),
+    FINETUNED_ON: Arm("a released checkpoint", f"{PLAIN} --toy_released", against=FINETUNED_ON),
+    "released, with mmfuser": Arm("a released checkpoint", f"{TWO_POINTS} --toy_released", against=FINETUNED_ON),
 }
 SEEDS, QUICK_SEEDS = (0, 1, 2, 3, 4), (0, 1, 2)
 STEPS = {"pretrain_steps": 150, "finetune_steps": 250}
 # A trial: a learning rate, and by how much that of an arm's new weights is higher: the fuser's, else the projector's.
 Trial = Tuple[float, int]
 TRIALS: Tuple[Trial, ...] = ((2e-3, 1), (2e-3, 5))
+# LLaVA finetunes its language model at a lower rate than its projector. At the same one that of the toy unlearns to read
+# what the plain map does not show, and in front of such a checkpoint no fuser wakes up.
+RELEASED_RATE = 2e-4
 SPLITS = {"validation": 300, "heldout": 600}  # pictures
 
 
@@ -73,7 +76,8 @@ def setting(arm: str, trial: Trial) -> Tuple[str, Tuple[str, ...]]:
     fuser = "mmfuser" in flags and FUSIONS[fusion].has_weights
     own = "--mm_fuser_lr" if fuser else "--mm_projector_lr"
     rate, times = trial
-    return f"{arm}, {rate:g} x {times}", (*flags, "--learning_rate", str(rate), own, str(rate * times))
+    rates = ("--learning_rate", str(RELEASED_RATE if "--toy_released" in flags else rate), own, str(rate * times))
+    return f"{arm}, {rate:g} x {times}", (*flags, *rates)
 
 
 class Study:
@@ -92,7 +96,7 @@ class Study:
         on_gpu = [gpu for gpu in gpus if gpu is not None]
         self.options = argparse.Namespace(**{**sizes, **SPLITS, **STEPS}, gpus=on_gpu)
 
-    def prepare(self) -> None:
+    def prepare(self, lock: int) -> None:
         """Make the toy world, with what only a study needs of it: a probe, a whitening, a finished plain LLaVA."""
         if not toy_run.world_is_made(self.world, self.options):
             from toy.probe import probe
@@ -112,26 +116,27 @@ class Study:
                 f"--seeds {' '.join(map(str, self.seeds))}: {self.world} was made with the first seed {made['seed']}; "
                 f"begin with it, or give another --output"
             )
-        if not (self.world / toy_run.RELEASED).exists():  # once the tower is where the checkpoint will look for it
-            say("Training a plain LLaVA, the released checkpoint")
-            output = self.folder / "released"
-            output.mkdir(exist_ok=True)
-            options = argparse.Namespace(**vars(self.options), seed=self.seeds[0], output=output, device=self.device)
-            toy_run.train(self.world, options, setting(BASELINE, TRIALS[0])[1])
-            (output / "llava-finetune").rename(self.world / toy_run.RELEASED)
-            shutil.rmtree(output)
+        if not (self.world / toy_run.RELEASED).exists():
+            say("Training the released checkpoint, a plain LLaVA")
+            name, flags = setting(BASELINE, TRIALS[0])
+            rate = ("--toy_finetune_rate", str(RELEASED_RATE))
+            run = self._run(f"released, {name}", (*flags, *rate), self.seeds[0])
+            self.make([run], lock, keep=True)
+            (run.folder / "llava-finetune").rename(self.world / toy_run.RELEASED)
 
     @property
     def device(self) -> str:
         return "cuda" if self.options.gpus else "cpu"
 
     def run(self, arm: str, trial: Trial, seed: int) -> Run:
-        name, flags = setting(arm, trial)
+        return self._run(*setting(arm, trial), seed)
+
+    def _run(self, name: str, flags: Tuple[str, ...], seed: int) -> Run:
         template = tuple(toy_run.run_command(self.world, self.options))
         return Run(name, flags, seed, template, self.folder / "runs" / f"{folder_name(name)}-seed{seed}")
 
-    def make(self, runs: Sequence[Run], lock: int) -> None:
-        """Make those of `runs` that are not done.
+    def make(self, runs: Sequence[Run], lock: int, keep: bool = False) -> None:
+        """Make those of `runs` that are not done; without `keep` their weights are deleted, which would fill a disk.
 
         Raises:
             ValueError: one failed, or is recorded as another run.
@@ -143,8 +148,8 @@ class Study:
         def ended(run: Run, record: dict) -> None:
             nonlocal left
             left -= 1
-            shutil.rmtree(run.folder / "llava-pretrain", ignore_errors=True)  # 100 of them would fill a disk
-            shutil.rmtree(run.folder / "llava-finetune", ignore_errors=True)
+            for stage in () if keep else toy_run.STAGES:
+                shutil.rmtree(run.folder / f"llava-{stage}", ignore_errors=True)
             minutes = (time.monotonic() - started) / (len(waiting) - left) * left / 60
             failed.extend([run] if record["status"] != "done" else [])
             say(f"{record['status']}: {run.label} ({left} left, about {minutes:.0f} min)")
@@ -184,13 +189,15 @@ def say(text: str) -> None:
     print(f"[{time.monotonic() - START:5.0f}s] {text}", flush=True)
 
 
-def places() -> List[Optional[str]]:
-    """One run per processor core, or two per GPU: the toy is small."""
+def places(jobs: Optional[int]) -> List[Optional[str]]:
+    """Where runs go side by side: two on every GPU, for the toy is small; else one on every processor core."""
     import torch
 
     if torch.cuda.is_available():
-        return [str(index) for index in range(torch.cuda.device_count())] * 2
-    return [None] * len(os.sched_getaffinity(0))
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+        gpus = visible.split(",") if visible else [str(index) for index in range(torch.cuda.device_count())]
+        return [gpus[index % len(gpus)] for index in range(jobs or 2 * len(gpus))]
+    return [None] * (jobs or len(os.sched_getaffinity(0)))
 
 
 def main(given: Sequence[str]) -> int:
@@ -203,6 +210,7 @@ def main(given: Sequence[str]) -> int:
         nargs="+",
         help="others than the design's; the first makes the toy, too",
     )
+    parser.add_argument("--jobs", type=int, help="runs side by side; if not given one per core, or two per GPU")
     parser.add_argument("--arms", nargs="+", choices=list(ARMS), metavar="ARM", help=f"{BASELINE}, and these alone")
     options = parser.parse_args(given)
     # One thread each, so that a run gives the same figures however many run beside it.
@@ -214,10 +222,12 @@ def main(given: Sequence[str]) -> int:
     if options.arms:
         wanted = {BASELINE, *options.arms, *(ARMS[arm].against for arm in options.arms)}
     seeds = tuple(options.seeds or (QUICK_SEEDS if options.quick else SEEDS))
-    study = Study(folder, seeds, [arm for arm in ARMS if arm in wanted], places())
+    if len(set(seeds)) < len(seeds):
+        parser.error(f"--seeds {' '.join(map(str, seeds))} has a seed twice; use each once")
+    study = Study(folder, seeds, [arm for arm in ARMS if arm in wanted], places(options.jobs))
     try:
         with locked(folder, "study.py") as lock:
-            study.prepare()
+            study.prepare(lock)
             trials, results = study.judge(lock)
             probes = json.loads((study.world / "probe.json").read_text())
             arms = {name: ARMS[name] for name in study.arms}

@@ -28,7 +28,7 @@ ROOMS = {
     "llava_patch": {"config", "hooks", "patching"},
     "transformers_patch": {"export", "patching"},
     "activation": {"llava_patch", "transformers_patch"},
-    "installation": {"block", "llava_patch", "patching"},
+    "installation": {"block", "llava_patch", "patching", "transformers_patch"},
     "export": {"block", "config", "layers", "names", "towers", "checkpoints"},
     "visualize": {"block", "config", "layers", "names", "towers", "checkpoints"},
     "__main__": {

@@ -10,35 +10,42 @@ KINDS = ("number", "place", "light")
 Interval = Tuple[float, float]  # mean, and half the width of the 95 % interval around it
 
 
-def _answers(details: dict, kind: str, split: str) -> List[int]:
-    return [right for name in (KINDS if kind == "all" else (kind,)) for right in details["right"][split][name]]
-
-
 def share(details: dict, kind: str, split: str = "heldout") -> float:
     """Of right answers to questions of this kind, or "all"."""
-    return float(np.mean(_answers(details, kind, split)))
+    return float(correctness([details], kind, split).mean())
 
 
-def correctness(results: Sequence[dict], kind: str) -> np.ndarray:
-    """[seeds, questions] of 0 and 1 on the held-out pictures; kind "all" is every question of every kind."""
-    return np.array([_answers(details, kind, "heldout") for details in results])
+def correctness(results: Sequence[dict], kind: str, split: str = "heldout") -> np.ndarray:
+    """[seeds, pictures], 0 or 1; kind "all" is the mean over a picture's questions, which share its difficulty."""
+    kinds = KINDS if kind == "all" else (kind,)
+    return np.array([np.mean([details["right"][split][name] for name in kinds], axis=0) for details in results])
 
 
 def interval(values: np.ndarray) -> Interval:
-    """Mean of [seeds, questions], and half of its 95 % interval for other seeds and other questions.
+    """Mean of [seeds, pictures], and half of its 95 % interval for other seeds and other pictures.
 
-    Seeds and questions are crossed: the variances of both means add up (which counts their interaction twice, to the
-    safe side), and Student's t with as many degrees of freedom as there are seeds, less one, makes up for few seeds.
-    A percentile bootstrap over five seeds is too narrow.
+    Seeds and pictures are crossed: the variances of both means add up (which counts their interaction twice, to the
+    safe side), and Student's t with as many degrees of freedom as there are seeds, less one, makes up for few seeds,
+    over which a percentile bootstrap is too narrow.
     """
-    seeds, questions = values.shape
-    variance = values.mean(1).var(ddof=1) / seeds + values.mean(0).var(ddof=1) / questions if seeds > 1 else np.nan
+    seeds, pictures = values.shape
+    variance = values.mean(1).var(ddof=1) / seeds + values.mean(0).var(ddof=1) / pictures if seeds > 1 else np.nan
     return float(values.mean()), float(stats.t.ppf(0.975, seeds - 1) * np.sqrt(variance))
 
 
 def difference(results: Sequence[dict], others: Sequence[dict], kind: str) -> Interval:
-    """The same of the difference to `others`, question by question, seed by seed."""
+    """The same of the difference to `others`, picture by picture, seed by seed."""
     return interval(correctness(results, kind) - correctness(others, kind))
+
+
+def premise(probes: Sequence[Dict[str, float]]) -> str:
+    """Whether the tower lost the number and kept the light, in one sentence."""
+    lost = {kind: 100 * (max(layer[kind] for layer in probes) - probes[-1][kind]) for kind in ("number", "light")}
+    holds = lost["number"] >= 15 and lost["light"] < 15
+    return (
+        f"Towards LLaVA's map, the last, the number falls by {lost['number']:.0f} points and the light by "
+        f"{lost['light']:.0f}: the premise {'holds' if holds else 'does not hold, so that the rest says little'}."
+    )
 
 
 def _cell(found: Interval, sign: str = "") -> str:
@@ -83,7 +90,7 @@ def report(
         f"{len(results)} arms, {len(seeds)} seeds ({', '.join(map(str, seeds))}), "
         f"{' + '.join(str(count) for count in steps.values())} steps, rates tuned among "
         f"{', '.join(f'{rate:g} x {times}' for rate, times in offered)} on validation pictures, on {device}. "
-        f"{questions} held-out pictures. Percent right ± half of the 95 % interval over seeds and questions; "
+        f"{questions} held-out pictures. Percent right ± half of the 95 % interval over seeds and pictures; "
         "differences are paired.",
         "",
         "**Premise** (percent that a linear probe reads from one patch of each map)",
@@ -93,6 +100,7 @@ def report(
     ]
     for kind in KINDS:
         lines.append(f"| {kind} | " + " | ".join(f"{100 * layer[kind]:.0f}" for layer in probes) + " |")
+    lines += ["", premise(probes)]
     for table in dict.fromkeys(arm.table for arm in arms.values()):
         members = [name for name in results if arms[name].table == table]
         baseline = arms[members[0]].against

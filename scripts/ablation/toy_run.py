@@ -44,12 +44,13 @@ def world_is_made(world: Path, options: argparse.Namespace) -> bool:
     """
     if not world.exists():
         return False
-    made = json.loads((world / "world.json").read_text())
+    file = world / "world.json"
+    made = json.loads(file.read_text()) if file.exists() else {}
     for name in WORLD:
-        if made[name] != getattr(options, name):
+        if made.get(name) != getattr(options, name):
             setting = "--" + name.replace("_", "-")
             raise ValueError(
-                f"{setting} {getattr(options, name)}: {world} was made with {setting} {made[name]}; "
+                f"{setting} {getattr(options, name)}: {world} was made with {setting} {made.get(name)}; "
                 f"use that, or give another --output"
             )
     return True
@@ -93,6 +94,7 @@ def toy_flags(flags: Sequence[str]) -> Tuple[argparse.Namespace, List[str]]:
     parser = argparse.ArgumentParser(allow_abbrev=False, add_help=False)
     parser.add_argument("--toy_whiten", action="store_true")  # the map that LLaVA takes
     parser.add_argument("--toy_released", action="store_true")  # finetune the world's plain LLaVA, all steps long
+    parser.add_argument("--toy_finetune_rate")  # of stage 2; as that of stage 1 if not given
     return parser.parse_known_args(flags)
 
 
@@ -115,7 +117,10 @@ def train(world: Path, options: argparse.Namespace, flags: Sequence[str]) -> dic
     for stage in steps:
         output, log = options.output / f"llava-{stage}", options.output / f"{stage}.log"
         arguments = recipe.train_arguments(world, output, stage, **given, max_steps=steps[stage])
-        seconds, processor = recipe.train([*arguments, *own_rate(flags), *flags], options.seed, log, run)
+        arguments += [*own_rate(flags), *flags]
+        if stage == "finetune" and toy.toy_finetune_rate:
+            arguments += ["--learning_rate", toy.toy_finetune_rate]
+        seconds, processor = recipe.train(arguments, options.seed, log, run)
         given["pretrain_mm_mlp_adapter"] = output / "mm_projector.bin"
         found["seconds"] += processor if options.device == "cpu" else seconds
         found["losses"][stage] = recipe.curve(output, "loss")

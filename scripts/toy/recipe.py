@@ -155,7 +155,7 @@ def _call(function: Callable, arguments: tuple, log: Path, sender: Any) -> None:
     os.dup2(file, 1)
     os.dup2(file, 2)
     # transformers 4.37 looks up Pillow's eleven times per picture, which takes a third of a step of the toy
-    importlib.metadata.version = functools.cache(importlib.metadata.version)
+    importlib.metadata.version = functools.lru_cache(maxsize=None)(importlib.metadata.version)
     try:
         result = function(*arguments)
     except BaseException:

@@ -30,11 +30,12 @@ def whitened(file: Path, function: Callable, *arguments: Any) -> Any:
     """What function(*arguments) returns while LLaVA's tower whitens what it selects; for a process of its own."""
     from llava.model.multimodal_encoder.clip_encoder import CLIPVisionTower
 
-    kept, select = torch.load(file), CLIPVisionTower.feature_select
+    kept, select = torch.load(file, map_location="cpu"), CLIPVisionTower.feature_select
 
     def feature_select(self, outputs):
         features = select(self, outputs)
-        return ((features.float() - kept["mean"]) @ kept["matrix"]).to(features.dtype)
+        mean, matrix = (kept[name].to(features.device) for name in ("mean", "matrix"))
+        return ((features.float() - mean) @ matrix).to(features.dtype)
 
     CLIPVisionTower.feature_select = feature_select
     return function(*arguments)
