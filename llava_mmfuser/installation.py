@@ -71,14 +71,15 @@ def _second_host() -> Tuple[Optional[str], List[Tuple[str, str, str]]]:
     """Why transformers' own LLaVA is not patched, or None; and its targets."""
     from . import transformers_patch
 
-    version = str(_version_of("transformers"))
-    if [int(number) for number in re.findall(r"\d+", version)[:2]] < [4, 57]:
-        return f"they need transformers 4.57 or newer, and this is {version}", []
     try:
         importlib.import_module(transformers_patch.HOST)
     except _BROKEN as error:
         return explain(error), []
     reason = applied.get(transformers_patch.HOST, HOOK_OFF)
+    version = str(_version_of("transformers"))
+    if reason not in (None, HOOK_OFF) and [int(number) for number in re.findall(r"\d+", version)[:2]] < [4, 57]:
+        reason = f"they need transformers 4.57 or newer, and this is {version}"
+        return reason, [(row.target, "absent", "transformers 4.57 has it") for row in transformers_patch.PATCHES]
     return reason, [(row.target, *check_row(row)) for row in transformers_patch.PATCHES]
 
 

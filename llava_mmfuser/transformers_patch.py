@@ -17,7 +17,8 @@ def projector_init(original, self, config):
         return original(self, config)
     from .export.modeling_llava_mmfuser import LlavaMMFuserProjector
 
-    vars(config).pop("auto_map", None)  # it names the folder's code, which the stock classes do not save
+    if type(config).__module__.startswith("transformers."):  # the stock classes do not save the code that this names
+        vars(config).pop("auto_map", None)
     self.__class__ = LlavaMMFuserProjector
     LlavaMMFuserProjector.__init__(self, config)
 

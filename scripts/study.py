@@ -63,8 +63,8 @@ STEPS = {"pretrain_steps": 150, "finetune_steps": 250}
 # A trial: a learning rate, and by how much that of an arm's new weights is higher: the fuser's, else the projector's.
 Trial = Tuple[float, int]
 TRIALS: Tuple[Trial, ...] = ((2e-3, 1), (2e-3, 5))
-# LLaVA finetunes its language model at a lower rate than its projector. At the same one that of the toy unlearns to read
-# what the plain map does not show, and in front of such a checkpoint no fuser wakes up.
+# LLaVA finetunes its language model at a lower rate than its projector. At the same one that of the toy unlearns to
+# read what the plain map does not show, and in front of such a checkpoint no fuser wakes up.
 RELEASED_RATE = 2e-4
 SPLITS = {"validation": 300, "heldout": 600}  # pictures
 
@@ -215,21 +215,22 @@ def main(given: Sequence[str]) -> int:
     options = parser.parse_args(given)
     # One thread each, so that a run gives the same figures however many run beside it.
     os.environ.update(OMP_NUM_THREADS="1", OMP_WAIT_POLICY="passive")
+    seeds = tuple(options.seeds or (QUICK_SEEDS if options.quick else SEEDS))
+    if len(set(seeds)) < len(seeds):
+        parser.error(f"--seeds {' '.join(map(str, seeds))} has a seed twice; use each once")
     exit_on_signals()
     folder = options.output.resolve()
     (folder / "runs").mkdir(parents=True, exist_ok=True)
     wanted = {name for name, arm in ARMS.items() if arm.quick or not options.quick}
     if options.arms:
         wanted = {BASELINE, *options.arms, *(ARMS[arm].against for arm in options.arms)}
-    seeds = tuple(options.seeds or (QUICK_SEEDS if options.quick else SEEDS))
-    if len(set(seeds)) < len(seeds):
-        parser.error(f"--seeds {' '.join(map(str, seeds))} has a seed twice; use each once")
     study = Study(folder, seeds, [arm for arm in ARMS if arm in wanted], places(options.jobs))
     try:
         with locked(folder, "study.py") as lock:
             study.prepare(lock)
-            trials, results = study.judge(lock)
             probes = json.loads((study.world / "probe.json").read_text())
+            say(study_report.premise(probes))
+            trials, results = study.judge(lock)
             arms = {name: ARMS[name] for name in study.arms}
             report = study_report.report(STEPS, seeds, TRIALS, trials, results, arms, probes, study.device)
             write(folder / "report.md", report)

@@ -57,7 +57,7 @@ def unavailable(implementation: str, device: torch.device, dtype: torch.dtype) -
 
         return triton_unavailable(device, dtype)
     if implementation == "deformops":
-        return deformops_unavailable()
+        return deformops_unavailable(dtype)
     if implementation == "embedding_bag" and device.type != "cpu":
         return f"embedding_bag is for the CPU, not for {device.type}"
     return None

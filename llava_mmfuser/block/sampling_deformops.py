@@ -13,9 +13,11 @@ from .sampling_reference import cell_positions
 _msda: Optional[Callable[..., torch.Tensor]] = None  # once `unavailable` found that it can run
 
 
-def unavailable() -> Optional[str]:
-    """Why it cannot run here; None if it can. Asked before every choice."""
+def unavailable(dtype: torch.dtype) -> Optional[str]:
+    """Why it cannot run here for a value of this dtype; None if it can. Asked before every choice."""
     global _msda
+    if dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        return f"deformops takes float32, bfloat16 and float16, not {str(dtype)[len('torch.') :]}"
     if torch.are_deterministic_algorithms_enabled():
         return "deformops has no deterministic mode"
     try:  # not an import statement: transformers would ask users of an exported folder, which holds this, to install it

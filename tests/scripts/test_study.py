@@ -9,6 +9,7 @@ import time
 
 import demo
 import host
+import housekeeping
 import numpy as np
 import pytest
 import study
@@ -66,6 +67,7 @@ def test_rates_are_tuned_on_validation_pictures_only_and_runs_are_reused(made_up
         "llava-mmfuser,-0.002-x-5-seed1",
     }, "though held-out pictures say the opposite"
     text = (tmp_path / "study" / "report.md").read_text()
+    assert "the number falls by 0 points and the light by 0: the premise does not hold" in text
     assert "| number | 25 | 25 |" in text and "| mmfuser | 0.002 x 5 | 5 | 1 | 0.100 | 44 (3/3) | 0.200 |" in text
     row = next(line for line in text.splitlines() if line.startswith("| mmfuser | 50.0"))
     assert row.split(" | ")[5].startswith("+25.0 ± "), "one of four questions more, in every seed"
@@ -84,7 +86,51 @@ def test_a_failed_run_is_named_and_made_again(made_up, tmp_path, capsys):
     assert made_up("--seeds", "0", "7") == 0
 
 
-def test_every_study_arm_is_understood():
+@pytest.mark.slow
+@pytest.mark.fp16_cpu
+def test_a_study_makes_its_world_and_arms_that_only_the_toy_knows(tmp_path, monkeypatch):
+    sizes = {**dict.fromkeys(toy_run.WORLD, (1, "")), "pictures": (32, "")}
+    monkeypatch.setattr(toy_run, "WORLD", sizes)
+    monkeypatch.setattr(study, "SPLITS", {"validation": 4, "heldout": 4})
+    monkeypatch.setattr(study, "STEPS", {"pretrain_steps": 1, "finetune_steps": 1})
+    monkeypatch.setattr(os, "environ", {**os.environ})
+    (tmp_path / "runs").mkdir()
+    arms = study.BASELINE, "query, whitened", "released, with mmfuser"
+    made = study.Study(tmp_path, [3], arms, [None, None])
+    with housekeeping.locked(tmp_path, "test") as lock:
+        made.prepare(lock)
+        assert len(json.loads((made.world / "probe.json").read_text())) == 8
+        released = (made.world / toy_run.RELEASED / "config.json").read_bytes()
+        made.prepare(lock)  # again: nothing is left to do
+        runs = [made.run(arm, study.TRIALS[0], 3) for arm in arms]
+        made.make(runs, lock)
+    assert (made.world / toy_run.RELEASED / "config.json").read_bytes() == released
+    plain, whitened, fused = (study.details(run) for run in runs)
+    assert list(fused["losses"]) == ["finetune"] and len(fused["losses"]["finetune"]) == 2, (
+        "as many steps as the others"
+    )
+    assert whitened["losses"] != plain["losses"] and not (runs[0].folder / "llava-finetune").exists()
+    assert all(len(found["right"]["heldout"]["number"]) == 4 for found in (plain, whitened, fused))
+
+
+def test_seeds_are_used_once(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        study.main(["--output", str(tmp_path / "study"), "--seeds", "0", "1", "1"])
+    assert "--seeds 0 1 1 has a seed twice; use each once" in capsys.readouterr().err
+
+
+def test_runs_are_spread_over_the_gpus_that_are_visible(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5")
+    assert study.places(None) == ["4", "5", "4", "5"] and study.places(1) == ["4"]
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    assert study.places(3) == ["0", "1", "0"]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert study.places(3) == [None] * 3
+
+
+def test_no_two_study_arms_are_the_same():
     tables = {arm.table: study.ARMS[arm.against].table for arm in study.ARMS.values()}
     assert {"fusions", "layer sets", "attention kinds", "modules"} < set(tables)
     assert all(tables[arm.table] in (arm.table, "controls") for arm in study.ARMS.values())
