@@ -116,7 +116,8 @@ class Study:
                 f"--seeds {' '.join(map(str, self.seeds))}: {self.world} was made with the first seed {made['seed']}; "
                 f"begin with it, or give another --output"
             )
-        if not (self.world / toy_run.RELEASED).exists():
+        starts = any("--toy_released" in ARMS[arm].flags for arm in self.arms)
+        if starts and not (self.world / toy_run.RELEASED).exists():
             say("Training the released checkpoint, a plain LLaVA")
             name, flags = setting(BASELINE, TRIALS[0])
             rate = ("--toy_finetune_rate", str(RELEASED_RATE))
