@@ -31,32 +31,32 @@ FINETUNED_ON = "released, finetuned on"
 
 
 class Arm(NamedTuple):
-    """One row of the report. `quick` arms are those of --quick; differences are to the arm `against`."""
+    """A row in tables of the report. `quick` arms are those of --quick; differences are to the arm `against`."""
 
-    table: str
+    tables: Tuple[str, ...]
     flags: str
     quick: bool = True
     against: str = BASELINE
 
 
 ARMS = {
-    BASELINE: Arm("controls", PLAIN),
-    "query, whitened": Arm("controls", f"{PLAIN} --toy_whiten"),
-    "layer 3 alone": Arm("controls", f"{PLAIN} --mm_vision_select_layer 3", quick=False),
-    "layer 4 alone": Arm("controls", f"{PLAIN} --mm_vision_select_layer 4"),
-    "query, 4-layer MLP": Arm("controls", "--mm_projector_type mlp4x_gelu", quick=False),  # as large as the fuser
-    "mean": Arm("fusions", f"{FUSION} mean"),
-    "weighted_sum": Arm("fusions", f"{FUSION} weighted_sum", quick=False),
-    "channel_concat": Arm("fusions", f"{FUSION} channel_concat"),
-    "dense_channel, all layers": Arm("fusions", f"{FUSION} dense_channel --mm_fuser_layers all", quick=False),
-    "mmfuser": Arm("fusions", TWO_POINTS),
-    "shallow": Arm("layer sets", f"{TWO_POINTS} --mm_fuser_layers shallow", quick=False),
-    "middle": Arm("layer sets", f"{TWO_POINTS} --mm_fuser_layers middle", quick=False),
-    "window": Arm("attention kinds", f"{FUSER} --mm_fuser_attention window"),
-    "dense": Arm("attention kinds", f"{FUSER} --mm_fuser_attention dense", quick=False),
-    "cross-attention only": Arm("modules", f"{TWO_POINTS} --mm_fuser_self_attention False"),
-    FINETUNED_ON: Arm("a released checkpoint", f"{PLAIN} --toy_released", against=FINETUNED_ON),
-    "released, with mmfuser": Arm("a released checkpoint", f"{TWO_POINTS} --toy_released", against=FINETUNED_ON),
+    BASELINE: Arm(("controls",), PLAIN),
+    "query, whitened": Arm(("controls",), f"{PLAIN} --toy_whiten"),
+    "layer 3 alone": Arm(("controls",), f"{PLAIN} --mm_vision_select_layer 3", quick=False),
+    "layer 4 alone": Arm(("controls",), f"{PLAIN} --mm_vision_select_layer 4"),
+    "query, 4-layer MLP": Arm(("controls",), "--mm_projector_type mlp4x_gelu", quick=False),  # as large as the fuser
+    "mean": Arm(("fusions",), f"{FUSION} mean"),
+    "weighted_sum": Arm(("fusions",), f"{FUSION} weighted_sum", quick=False),
+    "channel_concat": Arm(("fusions",), f"{FUSION} channel_concat"),
+    "dense_channel, all layers": Arm(("fusions",), f"{FUSION} dense_channel --mm_fuser_layers all", quick=False),
+    "mmfuser": Arm(("fusions", "layer sets", "attention kinds", "modules"), TWO_POINTS),
+    "shallow": Arm(("layer sets",), f"{TWO_POINTS} --mm_fuser_layers shallow", quick=False),
+    "middle": Arm(("layer sets",), f"{TWO_POINTS} --mm_fuser_layers middle", quick=False),
+    "window": Arm(("attention kinds",), f"{FUSER} --mm_fuser_attention window"),
+    "dense": Arm(("attention kinds",), f"{FUSER} --mm_fuser_attention dense", quick=False),
+    "cross-attention only": Arm(("modules",), f"{TWO_POINTS} --mm_fuser_self_attention False"),
+    FINETUNED_ON: Arm(("a released checkpoint",), f"{PLAIN} --toy_released", against=FINETUNED_ON),
+    "released, with mmfuser": Arm(("a released checkpoint",), f"{TWO_POINTS} --toy_released", against=FINETUNED_ON),
 }
 SEEDS, QUICK_SEEDS = (0, 1, 2, 3, 4), (0, 1, 2)
 STEPS = {"pretrain_steps": 150, "finetune_steps": 250}
