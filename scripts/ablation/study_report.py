@@ -153,6 +153,6 @@ def draw(results: Mapping[str, List[dict]], file: Path, window: int = 20) -> Non
                 axis.plot(np.arange(len(smooth)) + window, smooth, style, color=f"C{index % 10}", label=arm)
         axis.set(title=f"{stage} loss, mean of {window} steps and all seeds", xlabel="step", yscale="log")
         axis.grid(alpha=0.3, which="both")
-    axes[1].legend(fontsize=8)
+    figure.legend(*axes[1].get_legend_handles_labels(), loc="outside right center", fontsize=8)
     figure.savefig(file, dpi=110)
     plt.close(figure)
