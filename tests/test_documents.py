@@ -96,5 +96,5 @@ def test_long_description_has_no_relative_links():
     found = subprocess.run(
         [sys.executable, "setup.py", "--long-description"], cwd=ROOT, text=True, stdout=subprocess.PIPE, check=True
     ).stdout
-    assert "[MMFuser](https://arxiv.org" in found and "The study asks" in found
+    assert "[MMFuser](https://arxiv.org" in found and "The study, 17 arms" in found
     assert all(link.startswith("https://") for link in re.findall(r"\]\(([^)\s]+)\)", found))
