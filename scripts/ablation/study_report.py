@@ -106,6 +106,8 @@ def report(
     for table in dict.fromkeys(table for arm in arms.values() for table in arm.tables):
         members = [name for name in results if table in arms[name].tables]
         baseline = arms[members[0]].against
+        if not any(arms[name].tables[0] == table for name in members if name != baseline):
+            continue  # few arms were run: nothing that other tables do not show
         lines += ["", f"**{table[0].upper()}{table[1:]}** (+: compared with {baseline})", ""]
         lines.append("| arm | number | place | light | all | number + | place + | light + | all + |")
         lines.append("|---|---|---|---|---|---|---|---|---|")
