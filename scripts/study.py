@@ -204,9 +204,7 @@ def places(jobs: Optional[int]) -> List[Optional[str]]:
 def main(given: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path(".study"), help="runs and report; kept and reused")
-    parser.add_argument(
-        "--quick", action="store_true", help="fewer arms and three seeds: about 40 minutes, in place of two hours"
-    )
+    parser.add_argument("--quick", action="store_true", help="fewer arms and seeds: 40 minutes, not two hours")
     parser.add_argument(
         "--seeds",
         type=int,
