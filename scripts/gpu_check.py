@@ -12,7 +12,6 @@ import os
 import platform
 import re
 import shutil
-import socket
 import subprocess
 import sys
 import tempfile
@@ -25,7 +24,7 @@ from unittest import mock
 
 import benchmark
 import torch
-from housekeeping import padded, write
+from housekeeping import free_port, padded, write
 
 from llava_mmfuser.block import sampling as ops
 from llava_mmfuser.block import sampling_triton as kernels
@@ -215,14 +214,12 @@ def zero2(size: Size) -> Iterator[Result]:
     torch.cuda.empty_cache()  # the first process below goes to a GPU that this one has used
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "rows.json"
-        with socket.socket() as listener:
-            listener.bind(("127.0.0.1", 0))
-            port = listener.getsockname()[1]
-        torch.multiprocessing.spawn(zero2_rank, (count, port, size, file), nprocs=count)
+        torch.multiprocessing.spawn(zero2_rank, (count, free_port(), size, file), nprocs=count)
         rows = [benchmark.Row(*row) for row in json.loads(file.read_text())]
     ROWS.extend(rows)
-    plain, fused = rows
-    benchmark.show(plain), benchmark.show(fused)
+    fused = rows[1]
+    for row in rows:
+        benchmark.show(row)
     detail = f"{count} processes, {fused.ms:.0f} ms, {fused.ratio:.3f} of mlp2x_gelu; {fused.memory:.0f} MiB"
     yield Result("ZeRO-2", True, f"{detail}, weights trained, and equal on all")
 

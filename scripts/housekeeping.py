@@ -4,6 +4,7 @@ import contextlib
 import fcntl
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -39,6 +40,13 @@ def locked(folder: Path, holder: str) -> Iterator[int]:
                 f"{folder} is in use by another {holder}; wait for it, stop it, or give another --output"
             ) from None
         yield file.fileno()
+
+
+def free_port() -> int:
+    """A port of this machine that nothing listens on, so far."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
 
 
 @contextlib.contextmanager

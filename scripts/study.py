@@ -13,30 +13,19 @@ import shutil
 import sys
 import time
 from pathlib import Path
-from typing import Dict, List, NamedTuple, Optional, Sequence, Tuple
+from typing import Dict, List, Optional, Sequence, Tuple
 
 from ablation import study_report, toy_run
 from ablation.command import folder_name
 from ablation.runs import Run, run_all
+from ablation.study_report import BASELINE, Arm
 from housekeeping import exit_on_signals, locked, write
-
-from llava_mmfuser.block.kinds import FUSIONS
 
 PLAIN = "--mm_projector_type mlp2x_gelu"
 FUSER = "--mm_projector_type mmfuser --mm_fuser_num_heads 4"
 TWO_POINTS = f"{FUSER} --mm_fuser_num_points 2"
 FUSION = "--mm_projector_type mmfuser --mm_fuser_fusion"
-BASELINE = "query alone"
 FINETUNED_ON = "released, finetuned on"
-
-
-class Arm(NamedTuple):
-    """A row in tables of the report. `quick` arms are those of --quick; differences are to the arm `against`."""
-
-    tables: Tuple[str, ...]
-    flags: str
-    quick: bool = True
-    against: str = BASELINE
 
 
 ARMS = {
@@ -72,9 +61,7 @@ SPLITS = {"validation": 300, "heldout": 600}  # pictures
 def setting(arm: str, trial: Trial) -> Tuple[str, Tuple[str, ...]]:
     """Name and flags of an arm with a trial's rates."""
     flags = shlex.split(ARMS[arm].flags)
-    fusion = flags[flags.index("--mm_fuser_fusion") + 1] if "--mm_fuser_fusion" in flags else "mmfuser"
-    fuser = "mmfuser" in flags and FUSIONS[fusion].has_weights
-    own = "--mm_fuser_lr" if fuser else "--mm_projector_lr"
+    own = "--mm_fuser_lr" if toy_run.trains_fusion(flags) else "--mm_projector_lr"
     rate, times = trial
     rates = ("--learning_rate", str(RELEASED_RATE if "--toy_released" in flags else rate), own, str(rate * times))
     return f"{arm}, {rate:g} x {times}", (*flags, *rates)
@@ -205,12 +192,7 @@ def main(given: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path(".study"), help="runs and report; kept and reused")
     parser.add_argument("--quick", action="store_true", help="fewer arms and seeds: 40 minutes, not two hours")
-    parser.add_argument(
-        "--seeds",
-        type=int,
-        nargs="+",
-        help="others than the design's; the first makes the toy, too",
-    )
+    parser.add_argument("--seeds", type=int, nargs="+", help="not the design's; the first makes the toy, too")
     parser.add_argument("--jobs", type=int, help="runs side by side; if not given one per core, or two per GPU")
     parser.add_argument("--arms", nargs="+", choices=list(ARMS), metavar="ARM", help=f"{BASELINE}, and these alone")
     options = parser.parse_args(given)

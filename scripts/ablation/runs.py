@@ -9,7 +9,6 @@ import re
 import shlex
 import shutil
 import signal
-import socket
 import subprocess
 import time
 from collections import deque
@@ -17,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Callable, Dict, List, Optional, Sequence, Tuple
 
-from housekeeping import stop, uninterrupted, write
+from housekeeping import free_port, stop, uninterrupted, write
 
 PLACEHOLDERS = ("flags", "seed", "output", "name", "port")
 PACKAGES = ("torch", "transformers", "accelerate", "peft", "deepspeed", "llava", "llava-torch", "llava-mmfuser")
@@ -178,9 +177,7 @@ def _start(run: Run, gpu: Optional[str], lock: int) -> _Running:
     if run.folder.exists():
         shutil.rmtree(run.folder)  # what a killed or failed attempt left
     run.folder.mkdir()
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        command = run.command(listener.getsockname()[1])
+    command = run.command(free_port())
     environment = dict(os.environ)
     if gpu is not None:
         environment["CUDA_VISIBLE_DEVICES"] = gpu

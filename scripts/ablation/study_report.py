@@ -1,13 +1,24 @@
 """The study's report: shares with intervals, paired differences to the baseline, gates, cost; the paper's tables."""
 
 from pathlib import Path
-from typing import Dict, List, Mapping, Sequence, Tuple
+from typing import Dict, List, Mapping, NamedTuple, Sequence, Tuple
 
 import numpy as np
 from scipy import stats
+from toy.pictures import QUESTIONS
 
-KINDS = ("number", "place", "light")
+KINDS = tuple(QUESTIONS)
+BASELINE = "query alone"
 Interval = Tuple[float, float]  # mean, and half the width of the 95 % interval around it
+
+
+class Arm(NamedTuple):
+    """A row in tables of the report. `quick` arms are those of --quick; differences are to the arm `against`."""
+
+    tables: Tuple[str, ...]
+    flags: str
+    quick: bool = True
+    against: str = BASELINE
 
 
 def share(details: dict, kind: str, split: str = "heldout") -> float:
@@ -25,8 +36,7 @@ def interval(values: np.ndarray) -> Interval:
     """Mean of [seeds, pictures], and half of its 95 % interval for other seeds and other pictures.
 
     Seeds and pictures are crossed: the variances of both means add up, and Student's t has the degrees of freedom that
-    Satterthwaite's approximation gives such a sum. In simulations with three and five seeds such intervals hold the
-    truth in 92 to 98 of 100 cases, those of a percentile bootstrap over seeds and pictures in 86 to 98.
+    Satterthwaite's approximation gives such a sum; a percentile bootstrap has no such allowance for few seeds.
     """
     if len(values) == 1:
         return float(values.mean()), np.nan
@@ -71,7 +81,7 @@ def report(
     offered: Sequence[Tuple[float, int]],
     trials: Mapping[str, Tuple[float, int]],
     results: Mapping[str, List[dict]],
-    arms: Mapping[str, "study.Arm"],  # noqa: F821
+    arms: Mapping[str, Arm],
     probes: Sequence[Dict[str, float]],
     device: str,
 ) -> str:

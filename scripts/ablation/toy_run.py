@@ -77,16 +77,20 @@ def make(world: Path, options: argparse.Namespace) -> None:
     incomplete.rename(world)
 
 
-def own_rate(flags: Sequence[str]) -> List[str]:
-    """The toy's rate for the fuser, unless the flags name one or there is nothing to train: see docs/study.md."""
+def trains_fusion(flags: Sequence[str]) -> bool:
+    """Whether a setting has a fusion with weights of its own, which `--mm_fuser_lr` is for."""
     parser = argparse.ArgumentParser(allow_abbrev=False, add_help=False)
     parser.add_argument("--mm_projector_type", default=PROJECTOR_TYPE)
     parser.add_argument("--mm_fuser_fusion")
-    parser.add_argument("--mm_fuser_lr")
     given = parser.parse_known_args(flags)[0]
     kind = FUSIONS.get(given.mm_fuser_fusion, FUSIONS["mmfuser"])  # train.py says what is wrong with an unknown one
-    trained = given.mm_projector_type == PROJECTOR_TYPE and kind.has_weights
-    return ["--mm_fuser_lr", str(FUSER["mm_fuser_lr"])] if trained and given.mm_fuser_lr is None else []
+    return given.mm_projector_type == PROJECTOR_TYPE and kind.has_weights
+
+
+def own_rate(flags: Sequence[str]) -> List[str]:
+    """The toy's rate for the fuser, unless the flags name one or there is nothing to train: see docs/study.md."""
+    given = any(flag.split("=")[0] == "--mm_fuser_lr" for flag in flags)
+    return ["--mm_fuser_lr", str(FUSER["mm_fuser_lr"])] if trains_fusion(flags) and not given else []
 
 
 def toy_flags(flags: Sequence[str]) -> Tuple[argparse.Namespace, List[str]]:

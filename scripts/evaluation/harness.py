@@ -8,14 +8,13 @@ import os
 import re
 import shutil
 import site
-import socket
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
 from typing import Dict, Iterator, List, NamedTuple, Optional, Sequence
 
-from housekeeping import stop, uninterrupted
+from housekeeping import free_port, stop, uninterrupted
 
 HARNESS = "lmms-eval==0.7.3"  # needs Python >= 3.10; its wish for transformers >= 4.39.2 is metadata only
 # What its LLaVA model and the tasks in suites.py import. Newer ones of those with a bound broke it or LLaVA.
@@ -148,7 +147,7 @@ def score(python: Path, model: Model, task: str, target: Path, gpus: int, model_
     if gpus > 1:
         launch += ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", str(gpus)]
         launch += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
-        launch += ["--main_process_port", str(_free_port())]
+        launch += ["--main_process_port", str(free_port())]
     log = target.with_name(target.name + ".log")
     target.parent.mkdir(parents=True, exist_ok=True)
     with _scratch(target.parent, target.name) as made, open(log, "wb") as output:
@@ -166,12 +165,6 @@ def score(python: Path, model: Model, task: str, target: Path, gpus: int, model_
         own.rmdir()
         shutil.rmtree(target, ignore_errors=True)
         made.rename(target)
-
-
-def _free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
 
 
 def _wait(process: subprocess.Popen, log: Path) -> None:

@@ -154,7 +154,7 @@ def _call(function: Callable, arguments: tuple, log: Path, sender: Any) -> None:
     file = os.open(log, os.O_WRONLY | os.O_APPEND)
     os.dup2(file, 1)
     os.dup2(file, 2)
-    # transformers 4.37 looks up Pillow's eleven times per picture, which takes a third of a step of the toy
+    # transformers 4.37 looks up Pillow's eleven times per picture, each time in a file
     importlib.metadata.version = functools.lru_cache(maxsize=None)(importlib.metadata.version)
     try:
         result = function(*arguments)
