@@ -14,7 +14,7 @@ from typing import Any, Dict, List, Mapping, Optional, Tuple
 
 import torch
 
-from ..block.kinds import FUSIONS
+from ..block.kinds import FUSIONS, refuse_open
 from ..config import FLAG_PREFIX, PROJECTOR_TYPE, MMFuserConfig
 from ..layers import Layers
 from ..names import (
@@ -168,6 +168,7 @@ def upgrade_settings(
         raise ValueError("config.json has no mm_vision_tower; give --vision-tower PATH")
     settings = MMFuserConfig(**given)
     settings.refuse_useless(given)
+    refuse_open(settings.start, "the checkpoint's")
     if not FUSIONS[settings.fusion].starts_as_identity:
         allowed = " or ".join(name for name, row in FUSIONS.items() if row.starts_as_identity)
         raise ValueError(
@@ -200,7 +201,7 @@ def _authors_settings(checkpoint: Checkpoint, settings: MMFuserConfig) -> MMFuse
             f"{settings.layers.setting}={settings.layers} in {checkpoint.folder}/config.json, but the authors' code "
             f"fuses exactly five listed layers"
         )
-    for name in ("fusion", "attention", "self_attention", "num_heads", "num_points"):
+    for name in ("fusion", "attention", "self_attention", "num_heads", "num_points", "output"):
         value, allowed = getattr(settings, name), getattr(AUTHORS_SETTINGS, name)
         if value != allowed:
             raise ValueError(

@@ -25,6 +25,8 @@ class LlavaMMFuserConfig(LlavaConfig):
     mm_fuser_num_heads: int = 16
     mm_fuser_num_points: int = 4
     mm_fuser_window_size: int = 3
+    mm_fuser_output: str = "add"
+    mm_fuser_start: str = "identity"
 
 
 class LlavaMMFuserProjector(nn.Module):
@@ -37,7 +39,7 @@ class LlavaMMFuserProjector(nn.Module):
         kind = config.mm_fuser_projector
         self.depth = 1 if kind == "linear" else int(kind[len("mlp") : -len("x_gelu")])
         width, out = config.vision_config.hidden_size, config.text_config.hidden_size
-        of_mmfuser = ("num_heads", "num_points", "attention", "self_attention", "window_size")
+        of_mmfuser = ("num_heads", "num_points", "attention", "self_attention", "window_size", "output", "start")
         self.fuser = build_fusion(
             config.mm_fuser_fusion,
             width,

@@ -116,7 +116,7 @@ def report(projector: MMFuserProjector, settings: MMFuserConfig, source: Any, mi
     if total == 0:
         weights = "it has none"
     elif source is None:
-        weights = "fresh, starts as identity"
+        weights = "fresh, starts as identity" if settings.starts_as_identity else "fresh"
     elif not missing:
         weights = f"from {source}"
     elif len(missing) == total:

@@ -7,7 +7,7 @@ from typing import Any, Dict, Mapping, NamedTuple, Optional
 
 import torch
 
-from ..block.kinds import FUSIONS
+from ..block.kinds import FUSIONS, refuse_open
 from ..checkpoints.adapter import match_adapter, read_adapter
 from ..checkpoints.files import read_config
 from ..checkpoints.folder import FULL, folder_kind
@@ -65,6 +65,9 @@ def resolve_run(model_args: Any, start: Mapping[str, Any]) -> Run:
             adapter = match_adapter(path, read_adapter(path), settings, shapes, tower)
         except ValueError as error:
             raise ValueError(f"pretrain_mm_mlp_adapter={error}") from error
+    trained_without = start.get("mm_vision_tower") and start.get("mm_projector_type") != PROJECTOR_TYPE
+    if (trained_without or adapter) and not any(name.startswith("fuser.") for name in adapter or ()):
+        refuse_open(settings.start, path or "the checkpoint's")
     return Run(settings, tower, start, adapter, shapes)
 
 
