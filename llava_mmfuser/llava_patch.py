@@ -78,6 +78,8 @@ PATCHES = {
     "llava.train.llava_trainer": (
         Patch(_LLAVA_TRAINER + ".create_optimizer", optimizer.create_optimizer, "self",
               "mm_fuser_lr; gates, norms and biases of the fuser without weight decay", _RATES),
+        Patch(_TRAINER + ".create_scheduler", optimizer.create_scheduler, "self num_training_steps",
+              "the rate of a fuser's gates or columns that can open it in the run's steps", _RATES),
         Patch(_LLAVA_TRAINER + "._save_checkpoint", resuming.save_checkpoint, "self model trial metrics",
               "stage 1 saves what resuming needs", _RESUME),
         Patch(_TRAINER + ".save_model", resuming.save_model, "self output_dir _internal_call",

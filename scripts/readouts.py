@@ -144,6 +144,11 @@ def prepare(folder: Path, wheels: Path) -> None:
             (folder / "incomplete.pt").rename(folder / f"{split}.pt")
 
 
+def part_of_rate(step: int) -> float:
+    """Cosine with warm-up."""
+    return min(1.0, (step + 1) / (STEPS * WARM_UP)) * (1 + np.cos(np.pi * step / STEPS)) / 2
+
+
 def train(folder: Path, name: str, seed: int) -> None:
     """Train and read one arm with one seed; write what came out."""
     file = folder / "runs" / f"{list(ARMS).index(name):02d}-seed{seed}.json"
@@ -167,10 +172,7 @@ def train(folder: Path, name: str, seed: int) -> None:
         regroup(optimizer, projector.fuser, arm.lr, arm.gate_lr)
         projector.gate_lr = arm.gate_lr
 
-    def factor(step: int) -> float:
-        return min(1.0, (step + 1) / (STEPS * WARM_UP)) * (1 + np.cos(np.pi * step / STEPS)) / 2
-
-    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, part_of_rate)
     if fused:
         set_opening_rate(scheduler, projector, STEPS)
     rates = sorted({group["initial_lr"] for group in optimizer.param_groups})

@@ -13,6 +13,7 @@ from ..names import describe
 from ..patching import applied
 from ..projector import MMFuserProjector
 from ..towers import check_features, return_layers
+from .optimizer import parse_gate_rate
 from .run import RUN, SEED, other_type, resolve_run
 from .tower import refuse_layer_list
 from .wrappers import gathered, is_wrapper, unwrapped
@@ -72,6 +73,7 @@ def initialize_vision_modules(original, self, model_args, fsdp=None):
     if self.mm_projector is not projector:
         self.mm_projector.original_module.requires_grad_(False)  # upstream unfreezes all that is below mm_projector
     projector.lr = self.config.mm_fuser_lr
+    projector.gate_lr = parse_gate_rate(getattr(model_args, "mm_fuser_gate_lr", None))
     projector.log_gates = getattr(model_args, "mm_fuser_log_gates", True)
     query = model_args.mm_vision_select_layer
     if not isinstance(query, int) or query % (run.tower.num_hidden_layers + 1) != settings.layers[-1]:

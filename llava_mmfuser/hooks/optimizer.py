@@ -147,7 +147,7 @@ def deepspeed_init(original, self, *args, **kwargs):
         sections = [section for section in ("optimizer", "scheduler") if section in config]
         if "optimizer" in sections:  # then `create_optimizer` is not called
             check_trained(projector.fuser, filter(lambda parameter: parameter.requires_grad, self.model.parameters()))
-        rates = {"mm_fuser_lr": projector.lr, "mm_fuser_gate_lr": getattr(projector, "gate_lr", None)}
+        rates = {"mm_fuser_lr": projector.lr, "mm_fuser_gate_lr": projector.gate_lr}
         given = " and ".join(f"{name}={rate}" for name, rate in rates.items() if rate not in (None, INHERIT))
         if given and sections:
             raise ValueError(
@@ -166,7 +166,9 @@ def log(original, self, logs, *args, **kwargs):
     return original(self, logs, *args, **kwargs)
 
 
-REACH = 3.0  # how far a run has to be able to move what opens a fuser; see docs/flags.md
+REACH = 3.0  # how far a run without a flag can move what opens a fuser, unless it took a rate above `MOST`
+MOST = 0.02
+LEAST = 0.1  # a run that can move it no further is warned
 SHUT = 0.01  # below this mean absolute value gates count as shut
 
 
@@ -191,8 +193,7 @@ def parse_gate_rate(text: Optional[str]) -> Rate:
 
 def gate_rate(projector: MMFuserProjector) -> Rate:
     """What `regroup` is told: the flag, or without it ``inherit`` where the fuser's own rate was chosen."""
-    flag: Rate = getattr(projector, "gate_lr", None)
-    return INHERIT if flag is None and projector.lr is not None else flag
+    return INHERIT if projector.gate_lr is None and projector.lr is not None else projector.gate_lr
 
 
 def full_steps(scheduler: Any, steps: int) -> float:
@@ -205,13 +206,13 @@ def full_steps(scheduler: Any, steps: int) -> float:
 
 
 def opening_rate(rate: float, full: float) -> float:
-    """The rate for what opens a fuser: `rate`, that of the rest, or more where this could not move it by `REACH`.
+    """The rate for what opens a fuser: `rate`, that of the rest, or one that can move it by `REACH`, at most `MOST`.
 
     Args:
         rate: of the rest of the fuser.
         full: see `full_steps`.
     """
-    return max(rate, REACH / max(full, 1.0))
+    return max(rate, min(REACH / max(full, 1.0), MOST))
 
 
 def create_scheduler(original, self, num_training_steps, *args, **kwargs):
@@ -251,7 +252,7 @@ def set_opening_rate(scheduler: Any, projector: MMFuserProjector, steps: int) ->
             rest,
             INHERIT,
         )
-    elif (identity or (isinstance(fuser, MMFuser) and size < SHUT)) and rate * full < REACH:
+    elif (identity or (isinstance(fuser, MMFuser) and size < SHUT)) and rate * full < LEAST:
         logger.warning(
             "the fuser is shut, and a rate of %.1e moves what opens it by %.2g at most in the %d steps of this run, so "
             "that it will change little; recommended is --mm_fuser_gate_lr %.0e",

@@ -1,8 +1,10 @@
 """What opens a fuser learns at a rate of its own, which the steps of the run decide where nobody does."""
 
+import json
 import logging
 from types import SimpleNamespace
 
+import host
 import pytest
 import torch
 import transformers
@@ -12,6 +14,7 @@ from llava_mmfuser import MMFuserConfig, MMFuserProjector
 from llava_mmfuser.block.kinds import FUSIONS
 from llava_mmfuser.hooks.optimizer import (
     INHERIT,
+    MOST,
     REACH,
     deepspeed_init,
     full_steps,
@@ -124,7 +127,7 @@ def test_adamw_moves_a_gate_as_far_as_the_bound_says():
 def test_opening_rate_is_that_of_the_rest_where_this_can_open_the_fuser():
     assert opening_rate(1e-3, 10 * REACH / 1e-3) == 1e-3
     assert opening_rate(1e-5, 500) == pytest.approx(REACH / 500)
-    assert opening_rate(1e-5, 0) == REACH
+    assert opening_rate(1e-5, 3) == MOST and opening_rate(2 * MOST, 3) == 2 * MOST
 
 
 @pytest.fixture
@@ -181,12 +184,22 @@ def test_rates_stay_where_the_fuser_is_awake_or_somebody_chose(said, prepare, fl
 def test_fuser_that_stays_shut_is_pointed_out_before_the_run(said, size, gate_lr, warned):
     fused = projector()
     fused.fuser.cross_gate.scale.data.fill_(size)
-    optimizer = optimizer_of(fused, gate_lr)
+    optimizer = optimizer_of(fused, gate_lr, lr=1e-4)
     scheduler = schedule(optimizer)
     set_opening_rate(scheduler, fused, STEPS)
-    text = "a rate of 1.0e-03 moves what opens it by 0.5 at most in the 1000 steps of this run"
+    text = "a rate of 1.0e-04 moves what opens it by 0.05 at most in the 1000 steps of this run"
     assert (text in said.text) == warned
     assert (f"recommended is --mm_fuser_gate_lr {REACH / full_steps(scheduler, STEPS):.0e}" in said.text) == warned
+
+
+@pytest.mark.parametrize("flags", [{}, dict(mm_fuser_output="columns")], ids=["add", "columns"])
+def test_upstreams_trainer_takes_the_rate_and_the_start_says_so(world, tmp_path, flags):
+    done = host.train(world, tmp_path / "llava-pretrain", max_steps=20, logging_steps=1, **flags)
+    assert f"what opens the fuser learns at {MOST:.1e}, the rest of it at 1.0e-03; --mm_fuser_gate_lr" in done.stdout
+    history = json.loads((tmp_path / "llava-pretrain" / "trainer_state.json").read_text())["log_history"]
+    name = f"mm_fuser_{'columns' if flags else 'cross_gate'}"
+    sizes = [entry[name] for entry in history if "loss" in entry]
+    assert sizes[0] < 0.03 and sizes[-1] > 0.04, "at the rest's rate it would stay below 0.02"
 
 
 def test_flag_is_a_number_or_inherit():
