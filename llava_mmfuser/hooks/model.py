@@ -12,7 +12,8 @@ from ..config import PROJECTOR_TYPE, MMFuserConfig
 from ..names import describe
 from ..patching import applied
 from ..projector import MMFuserProjector
-from ..towers import check_features, return_layers
+from ..hidden_states import return_layers
+from ..towers import check_features
 from .run import RUN, SEED, other_type, resolve_run
 from .tower import refuse_layer_list
 from .wrappers import gathered, is_wrapper, unwrapped

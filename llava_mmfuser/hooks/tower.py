@@ -6,7 +6,8 @@ from ..checkpoints.fit import check_tower
 from ..config import PROJECTOR_TYPE, MMFuserConfig, read_setting
 from ..layers import spell
 from ..names import convert_hint, is_authors_config
-from ..towers import check_features, check_name, return_layers, tower_config
+from ..hidden_states import return_layers
+from ..towers import check_features, check_name, tower_config
 from .run import RUN
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from ..towers import capture_layers
+from ..hidden_states import capture_layers
 from .model import Model
 
 Box = Tuple[float, float, float, float]
