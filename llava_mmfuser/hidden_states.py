@@ -139,7 +139,7 @@ class _View(_Proxy):
         object.__setattr__(self, "select_layer", layer)
 
     def __getattr__(self, name: str) -> Any:
-        method = getattr(type(self._original), name, None)
+        method: Any = getattr(type(self._original), name, None)
         own = inspect.isfunction(method) and name not in vars(self._original)
         return functools.partial(method, self) if own else getattr(self._original, name)
 
@@ -239,7 +239,8 @@ class _Kept:
     """
 
     def __init__(self, blocks: Sequence[nn.Module], layers: Sequence[int]):
-        self.layers, self.out = list(layers), None
+        self.layers = list(layers)
+        self.out: Optional[torch.Tensor] = None
         self.places = {id(blocks[layer - 1]): place for place, layer in enumerate(layers) if layer > 0}
         self.first = id(blocks[0]) if layers[0] == 0 else None
         for block in blocks[: layers[-1]]:
@@ -253,12 +254,12 @@ class _Kept:
             # In memory as the ViT has its maps: [B, N, C], or [B, C, N] where a convolution made them.
             self.dim = 2 if hidden.stride(2) == 1 else 1
             shape = list(hidden.shape if self.dim == 2 else hidden.transpose(1, 2).shape)
-            self.device = hidden.device
             self.out = hidden.new_empty(shape[: self.dim] + [len(self.layers)] + shape[self.dim :])
         self.out.select(self.dim, place).copy_(hidden if self.dim == 2 else hidden.transpose(1, 2))
 
     def maps(self) -> Dict[int, torch.Tensor]:
         """Layer to [B, N, C], views of one tensor."""
+        assert self.out is not None
         maps = [self.out.select(self.dim, place) for place in range(len(self.layers))]
         return dict(zip(self.layers, maps if self.dim == 2 else [one.transpose(1, 2) for one in maps]))
 

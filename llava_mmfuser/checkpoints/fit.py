@@ -19,7 +19,6 @@ from ..names import (
     expected_shapes,
     inner_projector,
     is_authors_config,
-    is_published,
 )
 from ..towers import local_tower
 from .files import DTYPES, Weight, projector_weights, read_weights
@@ -172,8 +171,6 @@ def check_weights(
             f"({len(differing)} tensors); the files belong to different checkpoints, so copy them again"
         )
     projector = projector_weights(weights)
-    if is_published(projector):
-        raise ValueError("the weights have the names of the authors' MMFuser fork; convert them first")
     problem = misfit(config, projector, expected) if projector else None
     if problem:
         raise ValueError(problem)

@@ -13,11 +13,10 @@ from ..checkpoints.files import projector_weights, read_config, read_weights
 from ..checkpoints.fit import check_weights, misfit, projector_shapes
 from ..checkpoints.folder import FULL, MIXED, folder_kind, name_problem
 from ..config import PROJECTOR_TYPE, MMFuserConfig
-from ..names import has_fuser, is_authors_config, missing_fuser_keys
+from ..names import MARK, convert_hint, has_fuser, is_published, missing_fuser_keys
 from ..projector import MMFuserProjector
 from .model import report
 from .resuming import ADAPTER
-from .tower import refuse_layer_list
 
 logger = logging.getLogger("llava_mmfuser")
 
@@ -81,6 +80,8 @@ def _check_weights(given: Dict[str, Any], keys: List[str]) -> None:
         return
     if config.get("mm_projector_type") != PROJECTOR_TYPE and not has_fuser(keys):
         return
+    if is_published(key.split(MARK, 1)[1] for key in keys if MARK in key):
+        raise ValueError(f"{path} is {convert_hint(str(path))}")
     try:
         if config.get("mm_vision_tower") is None and has_fuser(keys):
             raise ValueError("config.json has no mm_vision_tower, but the weights hold a fuser; write it there")
@@ -110,8 +111,6 @@ def _check_checkpoint(model_path: str, model_base: Optional[str], model_name: st
     config = read_config(os.path.dirname(file)) if file else None
     if config is None:
         return
-    if is_authors_config(config):
-        refuse_layer_list({**config, "_name_or_path": model_path})
     is_lora, fused = "lora" in model_name.lower(), config.get("mm_projector_type") == PROJECTOR_TYPE
     if fused:
         _check_place(model_path, model_base, model_name, config)
@@ -127,6 +126,8 @@ def _check_checkpoint(model_path: str, model_base: Optional[str], model_name: st
     weights = {}
     with contextlib.suppress(ValueError):  # what cannot be read with weights_only is left to LLaVA
         weights = projector_weights(read_weights(*os.path.split(adapter)))
+    if is_published(weights):
+        raise ValueError(f"{model_path} is {convert_hint(model_path)}")
     if any(name.startswith("fuser.") for name in weights):
         raise ValueError(f"{adapter}: {misfit(config, weights)}")
 

@@ -280,11 +280,11 @@ def test_other_folders_are_refused_on_the_way_back(made, tmp_path, cli):
 
 
 def test_the_transformers_that_llava_pins_are_left_alone():
-    """They have no seam for a fuser; the rows of `transformers_patch` are applied as a whole or not at all."""
+    """They have no seam for a fuser; its rows are applied as a whole or not at all."""
     code = """
 import transformers.models.llava.modeling_llava
-from llava_mmfuser import patching, transformers_patch
-assert "LlavaModel" in patching.applied[transformers_patch.HOST] and not patching._originals
+from llava_mmfuser import llava_patch, patching
+assert "LlavaModel" in patching.applied[llava_patch.NATIVE] and not patching._originals
 """
     done = subprocess.run([sys.executable, "-c", code], text=True, capture_output=True)
     assert done.returncode == 0 and "llava_mmfuser" not in done.stderr, done.stderr

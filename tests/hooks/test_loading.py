@@ -195,7 +195,7 @@ def test_authors_weights_under_an_edited_config_are_refused(take, unread):
         if "fuser." not in name or "cross_gate" in name
     }
     save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(ValueError, match="names of the authors' MMFuser fork; convert them first"):
+    with pytest.raises(ValueError, match="authors' MMFuser fork, which has other weight names; convert it with: "):
         LlavaLlamaForCausalLM.from_pretrained(folder)
 
 
