@@ -21,7 +21,13 @@ import torch
 from housekeeping import write
 from torch.utils.benchmark import Timer
 
+from llava_mmfuser import MMFuser
+from llava_mmfuser.block import deformable
+from llava_mmfuser.block import sampling as ops
+from llava_mmfuser.block.kinds import ATTENTION_KINDS
+
 LEVELS, POINTS = 4, 4
+Side = Callable[[], Any]
 TRANSFORMERS = "grid_sample (transformers)"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -62,30 +68,25 @@ class Row(NamedTuple):
     memory_ratio: Optional[float] = None
 
 
-def measure(case: Case, part: str, sides: Dict[str, Callable[[], Any]], memory: bool = False) -> List[Row]:
+def measure(case: Case, part: str, sides: Dict[str, Side], memory: bool = False) -> List[Row]:
     """Time every side once per round, in turn, after one warm-up; the first is what the others are compared with."""
-    timers = {
-        name: Timer("side()", globals={"side": side}, num_threads=torch.get_num_threads())
-        for name, side in sides.items()
-    }
+    threads = torch.get_num_threads()
+    timers = {name: Timer("side()", globals={"side": side}, num_threads=threads) for name, side in sides.items()}
     times: Dict[str, List[float]] = {name: [] for name in sides}
     for side in sides.values():
         side()
     for _ in range(case.rounds):
         for name, timer in timers.items():
             times[name].append(timer.timeit(1).median * 1e3)
-    peaks = {name: peak_memory(case.device, side) for name, side in sides.items()} if memory else {}
-    part = f"{part}, B={case.batch}"
-    first = next(iter(sides))
-    rows = []
-    for name, values in times.items():
-        median = statistics.median(values)
+    peaks = [peak_memory(case.device, side) if memory else None for side in sides.values()]
+    medians, rows = list(map(statistics.median, times.values())), []
+    for name, values, median, peak in zip(sides, times.values(), medians, peaks):
         low, _, high = statistics.quantiles(values, n=4) if len(values) > 1 else (median, median, median)
-        ratio = median / statistics.median(times[first])
-        rows.append(
-            Row(part, name, median, high - low, ratio, peaks.get(name), peaks[name] / peaks[first] if memory else None)
-        )
-        show(rows[-1])
+        share = None if peak is None else peak / peaks[0]
+        row = Row(f"{part}, B={case.batch}", name, median, high - low, median / medians[0], peak, share)
+        text = f"{row.part:34} {name:34} {median:10.2f} ms  ± {row.spread / 2:8.2f}  x{row.ratio:6.3f}"
+        print(text + ("" if peak is None else f"{peak:10.1f} MiB ({share:.2f})"), flush=True)
+        rows.append(row)
     return rows
 
 
@@ -108,14 +109,6 @@ def peak_memory(device: torch.device, side: Callable[[], Any]) -> float:
     return peak / 2**20
 
 
-def show(row: Row) -> None:
-    """One line of the table."""
-    memory = "" if row.memory is None else f"{row.memory:10.1f} MiB ({row.memory_ratio:.2f})"
-    print(
-        f"{row.part:34} {row.name:34} {row.ms:10.2f} ms  ± {row.spread / 2:8.2f}  x{row.ratio:6.3f}{memory}", flush=True
-    )
-
-
 def sampling_inputs(case: Case) -> List[torch.Tensor]:
     """Value, offsets and logits of the cross-attention, with gradients."""
     shapes = [
@@ -127,19 +120,19 @@ def sampling_inputs(case: Case) -> List[torch.Tensor]:
     return [(case.maps(*shape).float() * k).to(case.dtype).requires_grad_() for shape, k in zip(shapes, scales)]
 
 
-def with_backward(forward: Callable[[], torch.Tensor], parameters: List[torch.Tensor]) -> Callable[[], None]:
-    """`forward`, then the gradients of `parameters`."""
+def forward_and_backward(
+    case: Case, part: str, sides: Dict[str, Tuple[Side, List[torch.Tensor]]], **others: Side
+) -> List[Row]:
+    """Forwards, also of the others, then forwards with the gradients of what stands beside each side."""
 
-    def run():
-        out = forward()
-        torch.autograd.grad(out, parameters, torch.ones_like(out))
+    def both(call, inputs):
+        out = call()
+        torch.autograd.grad(out, inputs, torch.ones_like(out))
 
-    return run
-
-
-def without_gradients(forward: Callable[[], Any]) -> Callable[[], Any]:
-    """`forward` under `torch.no_grad`."""
-    return torch.no_grad()(forward)
+    forward = {**{name: call for name, (call, _) in sides.items()}, **others}
+    rows = measure(case, f"{part} forward", {name: torch.no_grad()(call) for name, call in forward.items()})
+    backward = {name: partial(both, *side) for name, side in sides.items()}
+    return rows + measure(case, f"{part} forward + backward", backward)
 
 
 def transformers_op() -> Callable:
@@ -161,32 +154,29 @@ def transformers_op() -> Callable:
 
 def bench_op(case: Case) -> List[Row]:
     """The sampling op, value already projected: transformers' `grid_sample` per level, ours, and every other."""
-    from llava_mmfuser.block.sampling import IMPLEMENTATIONS, deformable_sampling, unavailable
-
     inputs = sampling_inputs(case)
-    calls = {TRANSFORMERS: partial(transformers_op(), *inputs, case.grid)}
-    for name in IMPLEMENTATIONS:
-        if unavailable(name, case.device, case.dtype) is None:
-            calls[name] = partial(deformable_sampling, *inputs, case.grid, implementation=name)
-    forward = {name: without_gradients(call) for name, call in calls.items()}
-    rows = measure(case, "op forward", forward)
-    both = {name: with_backward(call, inputs) for name, call in calls.items()}
-    return rows + measure(case, "op forward + backward", both)
+    sides = {TRANSFORMERS: (partial(transformers_op(), *inputs, case.grid), inputs)}
+    for name in ops.IMPLEMENTATIONS:
+        if ops.unavailable(name, case.device, case.dtype) is None:
+            call = partial(ops.deformable_sampling, *inputs, case.grid, implementation=name)
+            sides[name] = (call, inputs)
+    return forward_and_backward(case, "op", sides)
 
 
-def fuser_and_layers(case: Case):
+def fuser_and_layers(case: Case, **settings: Any):
     """A fuser with opened gates, and feature maps."""
-    from llava_mmfuser import MMFuser
-
-    fuser = MMFuser(case.width, num_heads=case.heads).to(case.device, case.dtype)
+    fuser = MMFuser(case.width, num_heads=case.heads, **settings).to(case.device, case.dtype)
     torch.nn.init.normal_(fuser.cross_gate.scale)
     torch.nn.init.normal_(fuser.self_gate.scale)
     return fuser, [case.maps(case.batch, case.queries, case.width) for _ in range(LEVELS + 1)]
 
 
+def fusing(fuser: MMFuser, layers: List[torch.Tensor]) -> Tuple[Side, List[torch.Tensor]]:
+    return partial(fuser, layers), list(fuser.parameters())
+
+
 def on(sampling: Callable, call: Callable[[], Any]) -> Callable[[], Any]:
     """`call` with the sampling of every attention replaced."""
-    from llava_mmfuser.block import deformable
 
     def run():
         with mock.patch.object(deformable, "deformable_sampling", sampling):
@@ -214,52 +204,40 @@ def bench_fuser(case: Case) -> List[Row]:
     """The whole block against itself on `grid_sample`, transformers' and ours, and against one ViT-L block."""
     from transformers.models.clip.modeling_clip import CLIPEncoderLayer
 
-    from llava_mmfuser.block.sampling import deformable_sampling
-
     fuser, layers = fuser_and_layers(case)
     block = CLIPEncoderLayer(clip_config(case)).to(case.device, case.dtype).eval()
     tokens = case.maps(case.batch, case.queries + 1, case.width)
-    reference = partial(deformable_sampling, implementation="reference")
-    fuse, parameters = partial(fuser, layers), list(fuser.parameters())
-    samplings = {TRANSFORMERS: transformers_op(), "reference": reference}
-    sides = {name: without_gradients(on(sampling, fuse)) for name, sampling in samplings.items()}
-    sides["fuser"] = without_gradients(fuse)
-    sides["one ViT-L block"] = without_gradients(lambda: block(tokens, None, None)[0])
-    rows = measure(case, "fuser forward", sides)
-    sides = {name: on(sampling, with_backward(fuse, parameters)) for name, sampling in samplings.items()}
-    return rows + measure(case, "fuser forward + backward", {**sides, "fuser": with_backward(fuse, parameters)})
+    fuse, parameters = fusing(fuser, layers)
+    reference = partial(ops.deformable_sampling, implementation="reference")
+    sides = {
+        TRANSFORMERS: (on(transformers_op(), fuse), parameters),
+        "reference": (on(reference, fuse), parameters),
+        "fuser": (fuse, parameters),
+    }
+    return forward_and_backward(case, "fuser", sides, **{"one ViT-L block": lambda: block(tokens, None, None)[0]})
 
 
 def bench_types(case: Case) -> List[Row]:
     """The same fuser in every dtype."""
-    forward, both = {}, {}
-    for name, dtype in DTYPES.items():
-        if case.device.type == "cpu" and dtype == torch.float16 and torch.__version__ < "2.2":
-            continue  # multiplies no matrices there
-        fuser, layers = fuser_and_layers(case._replace(dtype=dtype))
-        call = partial(fuser, layers)
-        forward[name], both[name] = without_gradients(call), with_backward(call, list(fuser.parameters()))
-    return measure(case, "types, fuser forward", forward) + measure(case, "types, fuser forward + backward", both)
+    old = case.device.type == "cpu" and torch.__version__ < "2.2"  # multiplies no matrices in float16
+    dtypes = {name: dtype for name, dtype in DTYPES.items() if not (old and name == "float16")}
+    sides = {name: fusing(*fuser_and_layers(case._replace(dtype=dtype))) for name, dtype in dtypes.items()}
+    return forward_and_backward(case, "types, fuser", sides)
 
 
 def bench_kinds(case: Case) -> List[Row]:
     """Every kind of attention in the fuser."""
-    from llava_mmfuser import MMFuser
-    from llava_mmfuser.block.kinds import ATTENTION_KINDS
-
-    _, layers = fuser_and_layers(case)
-    kinds = {kind: MMFuser(case.width, num_heads=case.heads, attention=kind) for kind in ATTENTION_KINDS}
-    sides = {kind: partial(fuser.to(case.device, case.dtype), layers) for kind, fuser in kinds.items()}
-    return measure(case, "kinds, fuser forward", {kind: without_gradients(side) for kind, side in sides.items()})
+    sides = {kind: fusing(*fuser_and_layers(case, attention=kind)) for kind in ATTENTION_KINDS}
+    return forward_and_backward(case, "kinds, fuser", sides)
 
 
 def bench_compiled(case: Case) -> List[Row]:
     """The fuser under torch.compile, on a GPU also replayed from a CUDA graph."""
     fuser, layers = fuser_and_layers(case)
-    sides = {"fuser": without_gradients(partial(fuser, layers))}
+    sides = {"fuser": torch.no_grad()(partial(fuser, layers))}
     for mode in ("default", "reduce-overhead") if case.device.type == "cuda" else ("default",):
         compiled = torch.compile(fuser, fullgraph=True, mode=mode)
-        sides[f"compiled, {mode}"] = without_gradients(partial(compiled, layers))
+        sides[f"compiled, {mode}"] = torch.no_grad()(partial(compiled, layers))
     return measure(case, "compiled fuser forward", sides)
 
 
@@ -294,11 +272,8 @@ def vision_paths(case: Case):
 
 def bench_vision(case: Case) -> List[Row]:
     """Tower + projector, forward: time and peak activation memory."""
-    images = case.maps(case.batch, 3, 336, 336)
-    sides = {
-        name: without_gradients(lambda tower=tower, projector=projector: projector(tower(images)))
-        for name, (tower, projector) in vision_paths(case).items()
-    }
+    images, paths = case.maps(case.batch, 3, 336, 336), vision_paths(case).items()
+    sides = {name: torch.no_grad()(lambda path=path: path[1](path[0](images))) for name, path in paths}
     return measure(case, "tower + projector forward", sides, memory=True)
 
 
