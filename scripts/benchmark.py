@@ -189,15 +189,8 @@ def clip_config(case: Case):
     """CLIP ViT-L/14-336; its blocks have the width of the case."""
     from transformers import CLIPVisionConfig
 
-    return CLIPVisionConfig(
-        hidden_size=case.width,
-        intermediate_size=4 * case.width,
-        num_hidden_layers=24,
-        num_attention_heads=case.heads,
-        image_size=336,
-        patch_size=14,
-        projection_dim=768,
-    )
+    sizes = dict(hidden_size=case.width, intermediate_size=4 * case.width, num_attention_heads=case.heads)
+    return CLIPVisionConfig(num_hidden_layers=24, image_size=336, patch_size=14, projection_dim=768, **sizes)
 
 
 def bench_fuser(case: Case) -> List[Row]:
@@ -253,13 +246,8 @@ def vision_paths(case: Case):
     with tempfile.TemporaryDirectory() as folder:
         config.save_pretrained(folder)
         for kind in ("mlp2x_gelu", "mmfuser"):
-            settings = SimpleNamespace(
-                mm_projector_type=kind,
-                mm_vision_select_layer=-2,
-                mm_vision_select_feature="patch",
-                mm_hidden_size=case.width,
-                hidden_size=case.hidden_size,
-            )
+            settings = SimpleNamespace(mm_projector_type=kind, mm_hidden_size=case.width, hidden_size=case.hidden_size)
+            settings.mm_vision_select_layer, settings.mm_vision_select_feature = -2, "patch"
             tower = CLIPVisionTower(folder, settings, delay_load=True)
             tower.vision_tower, tower.is_loaded = model, True
             projector = build_vision_projector(settings).to(case.device, case.dtype)
@@ -275,31 +263,6 @@ def bench_vision(case: Case) -> List[Row]:
     images, paths = case.maps(case.batch, 3, 336, 336), vision_paths(case).items()
     sides = {name: torch.no_grad()(lambda path=path: path[1](path[0](images))) for name, path in paths}
     return measure(case, "tower + projector forward", sides, memory=True)
-
-
-def training(projector: torch.nn.Module, backward: Callable[[], None]) -> Callable[[], None]:
-    """A training step of `projector`."""
-    optimizer = torch.optim.AdamW(projector.parameters(), lr=0.0)
-
-    def step():
-        optimizer.zero_grad()
-        backward()
-        optimizer.step()
-
-    return step
-
-
-def bench_step(case: Case) -> List[Row]:
-    """A training step of the vision side: tower, projector forward and backward, AdamW."""
-    images, sides = case.maps(case.batch, 3, 336, 336), {}
-    for name, (tower, projector) in vision_paths(case).items():
-
-        def backward(tower=tower, projector=projector):
-            out = projector(tower(images))
-            out.backward(torch.ones_like(out))
-
-        sides[name] = training(projector, backward)
-    return measure(case, "vision training step", sides)
 
 
 def bench_llava(case: Case) -> List[Row]:
@@ -321,12 +284,15 @@ def bench_llava(case: Case) -> List[Row]:
     ids[:, 1] = -200  # LLaVA's image token
     images, sides = case.maps(case.batch, 3, 336, 336), {}
     for name, (tower, projector) in vision_paths(case).items():
+        optimizer = torch.optim.AdamW(projector.parameters(), lr=0.0)
 
-        def backward(tower=tower, projector=projector):
+        def step(tower=tower, projector=projector, optimizer=optimizer):
             model.model.vision_tower, model.model.mm_projector = tower, projector
+            optimizer.zero_grad()
             model(input_ids=ids, labels=ids.clamp(min=0), images=images).loss.backward()
+            optimizer.step()
 
-        sides[name] = training(projector, backward)
+        sides[name] = step
     return measure(case._replace(rounds=max(case.rounds // 3, 1)), "LLaVA training step", sides, memory=True)
 
 
@@ -337,7 +303,6 @@ PARTS: Dict[str, Callable[[Case], List[Row]]] = {
     "kinds": bench_kinds,
     "compiled": bench_compiled,
     "vision": bench_vision,
-    "step": bench_step,
     "llava": bench_llava,
 }
 TARGETS = (  # part, side, the other side, the largest ratio that a GPU should show

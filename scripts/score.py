@@ -15,7 +15,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
-from typing import Dict, List, NamedTuple, Optional, Sequence
+from typing import Dict, List, Optional, Sequence
 
 from evaluation import harness
 from evaluation.paired import difference
@@ -28,30 +28,16 @@ PAIRED = ("difference [95 %]", "seen from", "McNemar p", "questions / pictures")
 VERSIONS = ("llava-mmfuser", "llava-torch", "llava", "torch", "transformers", "pillow")
 
 
-class Row(NamedTuple):
-    """A line of the table: its suite, its tasks of lmms-eval, and where both checkpoints' answers are."""
-
-    suite: Suite
-    tasks: Sequence[str]
-    folders: Sequence[Path]
-
-
 def main(argv: List[str]) -> int:
-    parser = argparse.ArgumentParser(
-        prog="evaluate.sh",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    look = dict(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(prog="evaluate.sh", allow_abbrev=False, **look)
     parser.add_argument("checkpoint", metavar="CKPT", nargs="?", help="folder, or name on the hub")
     parser.add_argument("suites", metavar="SUITE", nargs="*", help="default: the paper's fifteen")
     parser.add_argument("--against", metavar="CKPT2", help="score this one, too, and show the paired difference")
     parser.add_argument("--base", help="base model of what is only a part (adapter, LoRA): LLaVA's --model-base")
     parser.add_argument("--output", type=Path, default=Path("scores"), help="folder for results (default: scores)")
     parser.add_argument("--size", choices=("7b", "13b"), help="the paper's row (default: 13b if CKPT says so, else 7b)")
-    parser.add_argument(
-        "--model_args", default="", help="further ones for lmms-eval, such as conv_template=llava_llama_2"
-    )
+    parser.add_argument("--model_args", default="", help="more for lmms-eval, such as conv_template=llava_llama_2")
     parser.add_argument("--include_path", help="folder with tasks of your own, as lmms-eval's")
     parser.add_argument("--list", action="store_true", help="print the suites and their tasks")
     options, flags = parser.parse_known_args(argv)
@@ -112,15 +98,14 @@ def evaluate(options: argparse.Namespace, flags: List[str]) -> int:
                 notes.append(f"{one.name}: {problem}")
                 print(f"   failed: {problem}", flush=True)
                 break
-        # A group or tag of lmms-eval gives a line per task.
-        found = [suite.tasks] if key in SUITES or notes else [[task] for task in harness.results(folders[0] / key)]
-        for tasks in found:
-            row = Row(suite if key in SUITES else suite._replace(title=tasks[0]), tasks, [f / key for f in folders])
-            result = {"suite": key, "title": row.suite.title, "metric": suite.metric, "notes": notes}
+        found = [suite]
+        if key not in SUITES and not notes:  # a group or tag of lmms-eval gives a line per task
+            found = [Suite(task, [task], scale=1.0) for task in harness.results(folders[0] / key)]
+        for row in found:
+            results.append({"suite": key, "title": row.title, "metric": row.metric, "notes": notes})
             if not notes:
-                fill(result, row)
-            rows.append(row)
-            results.append(result)
+                fill(results[-1], row, [folder / key for folder in folders])
+        rows += found
     size = options.size or ("13b" if "13b" in options.checkpoint.lower() else "7b")
     text = table(rows, results, [one.name for one in models], size, versions)
     everything = {
@@ -167,45 +152,43 @@ def _lack(name: str) -> str:
     return f"the program {name} is not on PATH: install it (Debian: default-jre-headless)"
 
 
-def fill(result: Dict, row: Row) -> None:
+def fill(result: Dict, suite: Suite, folders: Sequence[Path]) -> None:
     """Scores and their paired difference, from what lmms-eval left."""
-    found = [harness.results(folder) for folder in row.folders]
-    metric = row.suite.metric or next(iter(found[0][row.tasks[0]]), None)
-    if metric is None or any(metric not in part.get(task, ()) for part in found for task in row.tasks):
-        result["notes"] = [f"lmms-eval printed no number for {metric or 'any metric'}; see {row.folders[0]}"]
+    found = [harness.results(folder) for folder in folders]
+    metric = suite.metric or next(iter(found[0][suite.tasks[0]]), None)
+    if metric is None or any(metric not in part.get(task, ()) for part in found for task in suite.tasks):
+        result["notes"] = [f"lmms-eval printed no number for {metric or 'any metric'}; see {folders[0]}"]
         return
-    scores = [[part[task][metric] for task in row.tasks] for part in found]
-    means = [row.suite.scale * sum(part) / len(part) for part in scores]
-    result.update(metric=metric, score=means[0], tasks={task: found[0][task] for task in row.tasks})
-    if len(row.folders) == 1:
+    scores = [[part[task][metric] for task in suite.tasks] for part in found]
+    means = [suite.scale * sum(part) / len(part) for part in scores]
+    result.update(metric=metric, score=means[0], tasks={task: found[0][task] for task in suite.tasks})
+    if len(folders) == 1:
         return
-    result["against"] = means[1]
-    answers = [[harness.answers(folder, task, metric) for task in row.tasks] for folder in row.folders]
-    paired = difference(*answers, scores, row.suite.scale)
+    answers = [[harness.answers(folder, task, metric) for task in suite.tasks] for folder in folders]
+    paired = difference(*answers, scores, suite.scale)
+    result.update(against=means[1], paired=paired and paired._asdict())
     if paired is None:
         result["notes"] = [f"{metric} has no score per question, or there is one picture only: no paired difference"]
-    else:
-        result["paired"] = paired._asdict()
 
 
-def table(rows: List[Row], results: List[Dict], names: List[str], size: str, versions: Dict[str, str]) -> str:
+def table(suites: List[Suite], results: List[Dict], names: List[str], size: str, versions: Dict[str, str]) -> str:
     """One line per suite; marks and reasons below it."""
     paired = len(names) == 2
     head = ["suite", "metric", *names, *(PAIRED if paired else [])]
     head += [f"LLaVA-1.5-{size.upper()}", "+ MMFuser"]
     lines, notes = [head], []
     marks: Dict[str, str] = {}
-    for row, result in zip(rows, results):
-        digits = 0 if row.suite.scale == 1000 else 3 if row.suite.scale == 1 and not row.suite.paper else 1
+    for suite, result in zip(suites, results):
+        digits = 0 if suite.scale == 1000 else 3 if suite.scale == 1 and not suite.paper else 1
         cells = [f"{result[key]:.{digits}f}" if key in result else "–" for key in ("score", "against")[: len(names)]]
         if paired:
             cells += _paired_cells(result.get("paired"), digits)
-        before, after = row.suite.paper.get(size, ("", ""))
-        falls = " (falls)" if row.suite.paper and after < before else ""
-        mark = marks.setdefault(row.suite.differs, str(len(marks) + 1)) if row.suite.differs else ""
+        before, after = suite.paper.get(size, ("", ""))
+        falls = " (falls)" if suite.paper and after < before else ""
+        mark = marks.setdefault(suite.differs, str(len(marks) + 1)) if suite.differs else ""
         metric = (result["metric"] or "") + (f" [{mark}]" if mark else "")
-        lines.append([row.suite.title, metric, *cells, f"{before:g}" if before else "", f"{after}{falls}"])
-        notes += [f"{row.suite.title}: {note}" for note in result["notes"]]
+        lines.append([suite.title, metric, *cells, f"{before:g}" if before else "", f"{after}{falls}"])
+        notes += [f"{suite.title}: {note}" for note in result["notes"]]
     widths = [max(map(len, column)) for column in zip(*lines)]
     text = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip() for line in lines]
     text.insert(1, "  ".join("-" * width for width in widths))
@@ -220,7 +203,7 @@ def table(rows: List[Row], results: List[Dict], names: List[str], size: str, ver
             "An interval with 0 in it does not show a difference. Such a run sees one of 'seen from' in 4 of 5 cases.",
             "McNemar's exact test is for answers that are right or wrong, and takes questions as independent.",
         ]
-    if any(not result["paired"]["additive"] for result in results if "paired" in result):
+    if any(not result["paired"]["additive"] for result in results if result.get("paired")):
         text.append("* of the questions' scores, in percent: the metric itself is no mean over questions")
     return "\n".join(text + notes + [", ".join(f"{name} {version}" for name, version in versions.items())])
 

@@ -114,17 +114,10 @@ class Run:
         shutil.rmtree(self.folder, ignore_errors=True)  # what a killed or failed attempt left
         self.folder.mkdir(parents=True)
         environment = {**os.environ, **({} if gpu is None else {"CUDA_VISIBLE_DEVICES": gpu})}
-        # A session of its own, so that launchers are stopped together with their workers. It holds the lock, too.
         with open(self.folder / "log.txt", "wb") as log:
-            return subprocess.Popen(
-                self.command,
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                env=environment,
-                start_new_session=True,
-                pass_fds=(lock,),
-            )
+            streams = dict(stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT)
+            # A session of its own, so that launchers are stopped together with their workers. It holds the lock, too.
+            return subprocess.Popen(self.command, env=environment, start_new_session=True, pass_fds=(lock,), **streams)
 
 
 def run_all(runs: Sequence[Run], gpus: Sequence[Optional[str]], lock: int) -> None:
@@ -162,14 +155,7 @@ def run_all(runs: Sequence[Run], gpus: Sequence[Optional[str]], lock: int) -> No
 
 
 class Study:
-    """The runs below one folder.
-
-    Args:
-        folder: of everything.
-        seeds: of the trainings; the first is that of the pictures, the tower and the language model, too.
-        arms: by name.
-        gpus: as in `run_all`; without CUDA one None per run side by side.
-    """
+    """The runs below one folder. The first seed is that of the pictures, the tower and the language model, too."""
 
     def __init__(self, folder: Path, seeds: Sequence[int], arms: Mapping[str, Arm], gpus: Sequence[Optional[str]]):
         self.folder, self.world, self.seeds, self.arms, self.gpus = folder, folder / "world", seeds, arms, gpus
@@ -192,13 +178,9 @@ class Study:
             write(incomplete / "world.json", json.dumps(wanted))
             incomplete.rename(self.world)
         made = json.loads((self.world / "world.json").read_text())
-        for name, value in wanted.items():
-            if made.get(name) != value:
-                what = "the first seed" if name == "seed" else name
-                raise ValueError(
-                    f"{self.world} was made with {what} {made.get(name)}, not {value}; "
-                    f"use that, or give another --output"
-                )
+        for name in (name for name in wanted if made.get(name) != wanted[name]):
+            what = f"{'the first seed' if name == 'seed' else name} {made.get(name)}, not {wanted[name]}"
+            raise ValueError(f"{self.world} was made with {what}; use that, or give another --output")
         starts = any("--toy_released" in arm.flags for arm in self.arms.values())
         if starts and not (self.world / toy_arm.RELEASED).exists():
             say("Training the released checkpoint, a plain LLaVA")

@@ -92,15 +92,7 @@ def report(
 ) -> str:
     """Markdown: the premise, one table per group of arms, cost.
 
-    Args:
-        steps: of both stages.
-        seeds: of the final runs.
-        offered: all trials.
-        trials: the tuned one of every arm.
-        results: one record per seed of every arm.
-        arms: by name.
-        probes: of `toy.probe`.
-        device: what the runs were made on.
+    `steps` are those of both stages, `offered` all trials and `trials` the tuned ones, `results` a record per seed.
     """
     questions = len(next(iter(results.values()))[0]["right"]["heldout"]["number"])
     lines = [

@@ -1,4 +1,4 @@
-"""One run of the study: pretrain, finetune, ask about held-out pictures. scripts/study.py starts it in a process."""
+"""Pretrain, finetune, ask about held-out pictures: a variant of the demo, or a run of the study, by `study.py run`."""
 
 import argparse
 import functools
@@ -6,7 +6,7 @@ import json
 import os
 import shutil
 from pathlib import Path
-from typing import List, Sequence, Tuple
+from typing import Callable, List, Sequence, Tuple
 
 from housekeeping import write
 
@@ -24,49 +24,52 @@ def toy_flags(flags: Sequence[str]) -> Tuple[argparse.Namespace, List[str]]:
     return parser.parse_known_args(flags)
 
 
-def train(options: argparse.Namespace, flags: Sequence[str]) -> dict:
-    """Both stages through LLaVA's train.py.
+def train(
+    world: Path,
+    output: Path,
+    given: Sequence[str],
+    steps: Sequence[int],
+    seed: int,
+    device: str = "cpu",
+    say: Callable[[str], None] = lambda text: None,
+) -> dict:
+    """Both stages through LLaVA's train.py, below `output`; `steps` are those of each, and `say` is told which begins.
 
     Returns:
         `losses` and `gates`, by stage; `seconds`, of the processor where there is no GPU.
     """
-    toy, flags = toy_flags(flags)
-    whiten = functools.partial(whitening.whitened, options.world / WHITENING, recipe.run_train_py)
-    given = {**recipe.DEMO, "use_cpu": options.device == "cpu"}
-    steps = dict(zip(recipe.STAGES, options.steps))
+    toy, flags = toy_flags(given)
+    whiten = functools.partial(whitening.whitened, world / WHITENING, recipe.run_train_py)
+    options = {**recipe.DEMO, "use_cpu": device == "cpu"}
+    stages = dict(zip(recipe.STAGES, steps))
     if toy.toy_released:
-        given["model_name_or_path"] = options.world / RELEASED
-        steps = {"finetune": sum(options.steps)}
+        options["model_name_or_path"] = world / RELEASED
+        stages = {"finetune": sum(steps)}
     found = {"losses": {}, "gates": {}, "seconds": 0.0}
-    for stage in steps:
-        output, log = options.output / f"llava-{stage}", options.output / f"{stage}.log"
-        arguments = recipe.train_arguments(options.world, output, stage, **given, max_steps=steps[stage]) + flags
+    output.mkdir(parents=True, exist_ok=True)
+    for stage, count in stages.items():
+        say(f"{stage}, LLaVA's train.py")
+        made, log = output / f"llava-{stage}", output / f"{stage}.log"
+        arguments = recipe.train_arguments(world, made, stage, **options, max_steps=count) + flags
         if stage == "finetune" and toy.toy_finetune_rate:
             arguments += ["--learning_rate", toy.toy_finetune_rate]
-        seconds, processor = recipe.train(arguments, options.seed, log, whiten if toy.toy_whiten else None)
-        given["pretrain_mm_mlp_adapter"] = output / "mm_projector.bin"
-        found["seconds"] += processor if options.device == "cpu" else seconds
-        found["losses"][stage] = recipe.curve(output, "loss")
-        found["gates"][stage] = recipe.curve(output, "mm_fuser_cross_gate")
+        seconds, processor = recipe.train(arguments, seed, log, whiten if toy.toy_whiten else None)
+        options["pretrain_mm_mlp_adapter"] = made / "mm_projector.bin"
+        found["seconds"] += processor if device == "cpu" else seconds
+        found["losses"][stage] = recipe.curve(made, "loss")
+        found["gates"][stage] = recipe.curve(made, "mm_fuser_cross_gate")
     return found
 
 
-def ask(options: argparse.Namespace, flags: Sequence[str]) -> dict:
-    """Ask the trained model about the pictures that it did not train on.
-
-    Returns:
-        `right`, by split and kind of question a 0 or 1 per picture; `parameters` of the projector.
-    """
-    answer, data = asking.answer, options.world / "data"
-    if toy_flags(flags)[0].toy_whiten:
-        answer = functools.partial(whitening.whitened, options.world / WHITENING, answer)
-    right = {}
-    for split in ("validation", "heldout"):
-        records = json.loads((data / f"{split}.json").read_text())
-        model, log = options.output / "llava-finetune", options.output / f"{split}.log"
-        found = recipe.in_child(answer, model, data, records, options.device, log=log)
-        right[split] = asking.right(found["answers"], records)
-    return {"right": right, "parameters": found["parameters"]}
+def ask(world: Path, output: Path, given: Sequence[str], split: str, device: str = "cpu", shut: bool = False) -> dict:
+    """What `asking.answer` returns of the trained model, and `right`: by kind of question a 0 or 1 per picture."""
+    answer, data = asking.answer, world / "data"
+    if toy_flags(given)[0].toy_whiten:
+        answer = functools.partial(whitening.whitened, world / WHITENING, answer)
+    records = json.loads((data / f"{split}.json").read_text())
+    model, log = output / "llava-finetune", output / f"{split}.log"
+    found = recipe.in_child(answer, model, data, records, device, shut, log=log)
+    return {**found, "right": asking.right(found["answers"], records)}
 
 
 def made_by(flags: Sequence[str], seed: int, steps: Sequence[int], device: str) -> dict:
@@ -88,9 +91,12 @@ def main(given: Sequence[str]) -> None:
     options, flags = parser.parse_args(given[:at]), list(given[at + 1 :])
     # Threads that spin while they wait make every step four times slower when something else uses the cores.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-    options.output.mkdir(parents=True, exist_ok=True)
-    details = {**train(options, flags), **ask(options, flags)}
+    world, output = options.world, options.output
+    details = train(world, output, flags, options.steps, options.seed, options.device)
+    asked = {split: ask(world, output, flags, split, options.device) for split in ("validation", "heldout")}
+    details["right"] = {split: found["right"] for split, found in asked.items()}
+    details["parameters"] = asked["heldout"]["parameters"]
     for stage in () if options.keep else recipe.STAGES:
-        shutil.rmtree(options.output / f"llava-{stage}", ignore_errors=True)
+        shutil.rmtree(output / f"llava-{stage}", ignore_errors=True)
     made = made_by(flags, options.seed, options.steps, options.device)
-    write(options.output / "details.json", json.dumps({"made": made, **details}))
+    write(output / "details.json", json.dumps({"made": made, **details}))

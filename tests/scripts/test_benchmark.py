@@ -70,9 +70,9 @@ def test_peak_memory_counts_what_is_alive_at_once():
 
 def test_vision_path_and_real_training_step_have_both_sides():
     """What a GPU runs at full size, here with a tiny language model and tower (336 pixels, patches of 14)."""
-    for bench in (benchmark.bench_vision, benchmark.bench_step, benchmark.bench_llava):
+    for bench in (benchmark.bench_vision, benchmark.bench_llava):
         rows = bench(CASE)
-        assert [row.name for row in rows] == ["mlp2x_gelu", "mmfuser"] and rows[1].memory != 0
+        assert [row.name for row in rows] == ["mlp2x_gelu", "mmfuser"] and rows[1].memory > 0
 
 
 def test_command_writes_json_and_names_bad_settings(tmp_path):

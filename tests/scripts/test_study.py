@@ -1,4 +1,4 @@
-"""scripts/study.py with made-up runs: what it tunes on, keeps and compares. compare.py. And the toy's own machinery."""
+"""scripts/study.py with made-up runs: what it tunes on and keeps. And the toy's own machinery."""
 
 import contextlib
 import json
@@ -9,7 +9,6 @@ import subprocess
 import sys
 import time
 
-import compare
 import demo
 import host
 import housekeeping
@@ -203,29 +202,16 @@ def test_an_interrupt_while_a_run_starts_ends_it(tmp_path, interrupted_start):
     assert interrupted_start[0].wait(5) == -signal.SIGTERM
 
 
-def test_own_runs_are_compared_seed_by_seed(tmp_path, capsys):
-    def write(name, losses, **metrics):
-        (tmp_path / name).mkdir()
-        history = [{"loss": loss} for loss in losses]
-        (tmp_path / name / "trainer_state.json").write_text(json.dumps({"log_history": [{"loss": 99.0}] + history}))
-        if metrics:
-            (tmp_path / name / "metrics.json").write_text(json.dumps(metrics))
-
-    for seed, value in ((1, 1.0), (2, 2.0), (3, 6.0)):
-        write(f"a-seed{seed}", [value] * 10, x=2 * value)
-    write("b-seed1", [3.0] * 10)
-    write("b-seed3", [10.0] * 10)
-    assert compare.main([str(tmp_path / "a"), str(tmp_path / "b")]) == 0
-    rows = [line.replace(str(tmp_path), "").split() for line in capsys.readouterr().out.splitlines()]
-    assert rows[0][:5] == ["loss", "n", "mean", "±", "sd"]
-    assert rows[1] == ["/a", "3", "3", "±", "2.646"], "the root of (4 + 1 + 9) / 2"
-    assert rows[2] == ["/b", "2", "6.5", "±", "4.95", "+3", "±", "1.414"], "3 - 1 and 10 - 6"
-    assert rows[5:7] == [["/a", "3", "6", "±", "5.292"], ["/b", "0"]]
-    write("c-seed0", [], x="high")
-    for setting, complaint in (("c", "no numbers in metrics.json"), ("d", "there is no folder")):
-        with pytest.raises(SystemExit) as stopped:
-            compare.main([str(tmp_path / setting)])
-        assert stopped.value.code == 2 and complaint in capsys.readouterr().err
+def test_the_pages_lines_compare_own_runs_seed_by_seed(tmp_path, monkeypatch, capsys):
+    for setting, seed, loss in (("deformable", 1, 1), ("deformable", 2, 2), ("dense", 1, 3), ("dense", 2, 8)):
+        folder = tmp_path / "mine" / f"{setting}-seed{seed}"
+        folder.mkdir(parents=True)
+        history = [{"loss": 99.0}, *[{"loss": float(loss)}] * 10, {"train_runtime": 1.0}]
+        (folder / "trainer_state.json").write_text(json.dumps({"log_history": history}))
+    page = (host.ROOT / "docs" / "ablations.md").read_text()
+    monkeypatch.chdir(tmp_path)
+    exec(page.split("```python\n")[1].split("```")[0], {})
+    assert capsys.readouterr().out == "+4.000 ± 2.828\n", "3 - 1 and 8 - 2"
 
 
 @pytest.mark.slow
