@@ -16,6 +16,7 @@ from pathlib import Path
 import host
 import numpy as np
 import pytest
+import score
 from evaluation import harness, paired
 from evaluation.suites import SUITES
 
@@ -79,9 +80,9 @@ def environ(**more):
     return env
 
 
-def evaluate(*arguments, code=0, cwd=None, **more):
+def evaluate(*arguments, code=0, **more):
     """Run the real bash script; return what it printed."""
-    done = host.run(command(*arguments), check=False, env=environ(**more), cwd=cwd, timeout=1500)
+    done = host.run(command(*arguments), check=False, env=environ(**more), timeout=1500)
     assert done.returncode == code, done.stdout[-6000:]
     return done.stdout
 
@@ -172,12 +173,12 @@ def test_a_local_task_scores_as_by_hand_and_as_llavas_own_script_answers(asked, 
     toy = found(folder)["suites"][0]
     truth = [record["answer"] for record in json.loads((tasks / "toy.json").read_text())]
     rights = []
-    for checkpoint, score in zip(checkpoints, (toy["against"], toy["score"])):
+    for checkpoint, said in zip(checkpoints, (toy["against"], toy["score"])):
         samples = list(folder.glob(f"{checkpoint.name}-*/toy/samples_toy.jsonl"))
         harness_says = [json.loads(line)["filtered_resps"].strip() for line in samples[0].open()]
         assert harness_says == asked[1][checkpoint], "LLaVA's script and lmms-eval differ"
         rights.append([answer.upper() == right for answer, right in zip(harness_says, truth)])
-        assert score == pytest.approx(sum(rights[-1]) / len(truth)) and 0 < score < 1
+        assert said == pytest.approx(sum(rights[-1]) / len(truth)) and 0 < said < 1
     mean = np.mean(rights[1]) - np.mean(rights[0])
     pair = toy["paired"]
     assert pair["mean"] == pytest.approx(mean) and pair["questions"] == len(truth) == 16 and pair["additive"]
@@ -293,21 +294,28 @@ def test_every_suites_tasks_and_metric_are_the_harnesss_and_llavas_python_stays_
         (["{tmp}/a,b/c"], "no such folder"),
     ],
 )
-def test_wrong_arguments_are_refused_before_anything_is_installed(world, checkpoints, tmp_path, arguments, problem):
+def test_wrong_arguments_are_refused_before_anything_is_installed(
+    world, checkpoints, tmp_path, monkeypatch, capsys, arguments, problem
+):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("EVALUATE_ENV", str(tmp_path / "env"))
+    monkeypatch.setattr(score, "exit_on_signals", lambda: None)
     filled = [part.format(plain=checkpoints[0], llama=world / "llama", tmp=tmp_path) for part in arguments]
-    assert problem in evaluate(*filled, code=2, cwd=tmp_path, EVALUATE_ENV=str(tmp_path / "env"))
+    with pytest.raises(SystemExit) as stopped:
+        score.main(filled)
+    assert stopped.value.code == 2 and problem in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
 
 
-def test_an_environment_that_cannot_be_finished_leaves_nothing(checkpoints, tmp_path):
-    output = evaluate(checkpoints[0], "gqa", code=2, EVALUATE_ENV=str(tmp_path), PIP_NO_INDEX="1")
+def test_an_environment_that_cannot_be_finished_leaves_nothing(tmp_path):
+    output = evaluate("owner/name", "gqa", code=2, EVALUATE_ENV=str(tmp_path), PIP_NO_INDEX="1")
     assert "ended with exit code 1; nothing was left behind" in output and not list(tmp_path.iterdir())
 
 
-def test_list_needs_no_harness(tmp_path):
-    output = evaluate("--list", EVALUATE_ENV=str(tmp_path))
+def test_list_prints_every_suite(capsys):
+    assert score.main(["--list"]) == 0
+    output = capsys.readouterr().out
     assert all(f"\n{key} ({suite.title}): " in "\n" + output for key, suite in SUITES.items())
-    assert not list(tmp_path.iterdir())
 
 
 def answers(*values, pictures=None):
