@@ -16,7 +16,7 @@ pytest=("$python" -m pytest -q -p no:cacheprovider -rf)
 part "what runs here" "$python" -m llava_mmfuser status
 if "$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
     part "tests of the kernels" "${pytest[@]}" $kernels
-    part "tests on a GPU" "${pytest[@]}" -m gpu tests/scripts
+    part "tests on a GPU" "${pytest[@]}" -m gpu tests/scripts/test_gpu.py
     if command -v compute-sanitizer >/dev/null; then
         part "compute-sanitizer" compute-sanitizer --tool memcheck --error-exitcode 3 --target-processes all \
             "${pytest[@]}" $kernels -k "out_of_bounds or empty or (odd and width)"
@@ -27,6 +27,6 @@ else
     sizes=(--tiny)
     echo "No GPU was found: this runs on the CPU and judges no GPU."
 fi
-part "benchmark" "$python" scripts/benchmark.py "${sizes[@]}" --targets --json gpu_check.json "$@"
+part "benchmark" "$python" scripts/benchmark.py ${sizes[@]+"${sizes[@]}"} --targets --json gpu_check.json "$@"
 echo "== failed: ${failed[*]:-nothing}"
 exit $((${#failed[@]} > 0))

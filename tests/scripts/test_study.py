@@ -43,7 +43,9 @@ details = {
 }
 if seed == 7:
     sys.exit("ValueError: this run fails")
-json.dump(details, open(output + "/details.json", "w"))
+with open(output + "/details", "w") as file:
+    json.dump(details, file)
+os.replace(output + "/details", output + "/details.json")  # whole, as toy/arm.py
 """
 
 
