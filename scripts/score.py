@@ -67,6 +67,8 @@ def evaluate(options: argparse.Namespace, flags: List[str]) -> int:
     if options.base and all(one.base is None for one in models):
         raise ValueError(f"--base is {options.base}, but {models[0].path} is a whole checkpoint; leave it out")
     asked = list(dict.fromkeys(options.suites)) or [key for key, suite in SUITES.items() if suite.paper]
+    root = Path(os.environ.get("EVALUATE_ENV") or ROOT / ".evaluate")
+    python = harness.environment(root.expanduser().absolute())  # says so if there is no torch
 
     import torch
 
@@ -75,8 +77,6 @@ def evaluate(options: argparse.Namespace, flags: List[str]) -> int:
     versions.update({name: own[name.replace("-", "_")] for name in VERSIONS if name.replace("-", "_") in own})
     if torch.cuda.is_available():
         versions["GPU"] = torch.cuda.get_device_name()
-    root = Path(os.environ.get("EVALUATE_ENV") or ROOT / ".evaluate")
-    python = harness.environment(root.expanduser().absolute())
     passed = [*flags, *(["--include_path", options.include_path] if options.include_path else [])]
     kinds = ("**/*.yaml", "**/*.py") if options.include_path else ()
     files = [harness.files(Path(options.include_path), kind) for kind in kinds]
