@@ -6,7 +6,7 @@ Where things live, from LLaVA inwards:
 
 * ``activation`` (import hook), ``llava_patch`` (the table of what is replaced), ``patching`` (how), ``installation``
   (`status`), ``hooks`` (what stands in LLaVA's place)
-* ``towers`` (kinds of them), ``hidden_states`` (several in one pass), ``projector`` (the block in front of LLaVA's own),
+* ``towers`` (kinds of them), ``hidden_states`` (several in one pass), ``projector`` (the block before LLaVA's own),
   ``block`` (torch only)
 * ``config`` (every setting), ``layers`` (which of the tower's), ``names`` (of weights)
 * ``__main__`` (the command line), ``checkpoints`` (inspect, convert, upgrade), ``export``, ``visualize``
