@@ -28,7 +28,7 @@ def find_projector(model: nn.Module) -> Optional[MMFuserProjector]:
 
 def config_of(model: nn.Module) -> Any:
     """The config of the LLaVA in a model, which may lie in a module without one."""
-    return next(module for module in model.modules() if hasattr(module, "get_vision_tower")).config
+    return next((module for module in model.modules() if hasattr(module, "get_vision_tower")), model).config
 
 
 @contextlib.contextmanager
