@@ -70,8 +70,9 @@ def without_wrapper(state_dict: Dict[str, Any], prefix: str = "") -> None:
 
 
 def has_fuser(names: Iterable[str]) -> bool:
-    """Whether names of weights, of a whole model or an adapter, are of a projector with fuser, ours or the authors'."""
-    return any(MARK + mark in name for name in names for mark in ("fuser.", "0.gamma1"))
+    """Whether names of weights are of a projector with fuser, ours or the authors'; with or without ``mm_projector.``
+    and what stands before it."""
+    return any(name.rpartition(MARK)[2].startswith(("fuser.", "0.gamma1")) for name in names)
 
 
 def missing_fuser_keys(loaded_keys: Iterable[str], projector: Any) -> List[str]:
@@ -84,12 +85,6 @@ def missing_fuser_keys(loaded_keys: Iterable[str], projector: Any) -> List[str]:
     prefix = MARK + "fuser."
     there = {key.split(prefix)[1] for key in loaded_keys if prefix in key}
     return sorted(name for name, _ in projector.fuser.named_parameters() if name not in there)
-
-
-def inner_projector(names: Iterable[str]) -> Optional[str]:
-    """The ``mm_projector_type`` of the layers behind a fuser by the names of their weights; None if there are none."""
-    layers = [name for name in names if re.fullmatch(r"(\d+\.)?weight", name)]
-    return None if not layers else "linear" if layers == ["weight"] else f"mlp{len(layers)}x_gelu"
 
 
 def expected_shapes(settings: MMFuserConfig, mm_hidden_size: int, hidden_size: int) -> Shapes:
@@ -123,7 +118,7 @@ def describe(names: Iterable[str]) -> str:
     projector = projector or names
     if is_published(projector):
         return "an adapter of the authors' MMFuser fork"
-    if any(name.startswith("fuser.") for name in projector):
+    if has_fuser(projector):
         return "an adapter of llava_mmfuser"
     if projector and set(projector) <= {"weight", "bias"}:
         return "an adapter of LLaVA with a linear projector"
@@ -134,7 +129,7 @@ def describe(names: Iterable[str]) -> str:
 
 def compare(found: Shapes, expected: Shapes) -> Optional[str]:
     """`differences`, but without any fuser weight, only the inner projector counts."""
-    if not any(name.startswith("fuser.") for name in found):
+    if not has_fuser(found):
         expected = {name: shape for name, shape in expected.items() if not name.startswith("fuser.")}
     return differences(found, expected)
 
@@ -167,10 +162,10 @@ def format_of(config: Mapping[str, Any], projectors: Iterable[Iterable[str]]) ->
     """Which format a config.json and the names of the weights of its projectors, if it has any, are."""
     if is_native(config):
         return Format.NATIVE
-    if config.get("mm_projector_type") == PROJECTOR_TYPE:
-        return Format.OURS
-    if is_authors_config(config) or any(map(is_published, projectors)):
+    if any(map(is_published, projectors)) or is_authors_config(config):
         return Format.AUTHORS
+    if is_fused(config):
+        return Format.OURS
     return Format.LLAVA if {"mm_vision_tower", "mm_projector_type"} & set(config) else Format.OTHER
 
 

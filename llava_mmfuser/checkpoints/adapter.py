@@ -8,9 +8,9 @@ import torch
 
 from ..block.kinds import FUSIONS
 from ..config import MMFuserConfig
-from ..layers import spell
-from ..names import MARK, Shapes, compare, describe, is_fused, rename_published, without_wrapper
+from ..names import MARK, Shapes, compare, describe, has_fuser, is_fused, rename_published, without_wrapper
 from .files import read_config, read_tensors
+from .verdict import other_setting, settings_of
 
 
 def read_adapter(path: str, optional: bool = False) -> Dict[str, torch.Tensor]:
@@ -65,19 +65,15 @@ def match_adapter(
     if expected is not None and weights:
         check_shapes(path, weights, expected, kind)
     config = read_config(os.path.dirname(path)) or {}
-    of_fuser = is_fused(config)
-    fusions = (settings.fusion, config.get("mm_fuser_fusion"))
-    without = any(name in FUSIONS and not FUSIONS[name].has_weights for name in fusions)
-    has_all = any(name.startswith("fuser.") for name in weights) or without
-    if vision_config is not None and of_fuser and has_all:
-        trained = MMFuserConfig.from_llava(config).resolve(vision_config)
-        name = settings.difference(dataclasses.replace(trained, projector=settings.projector))
-        if name is not None:
-            before, now = spell(getattr(trained, name)), spell(getattr(settings, name))
-            raise ValueError(
-                f"{path} was trained with mm_fuser_{name}={before}, but this run has {now}; "
-                f"add --mm_fuser_{name} {before}"
-            )
+    if vision_config is not None and is_fused(config):
+        trained = dataclasses.replace(settings_of(config), projector=settings.projector)
+        if has_fuser(weights) or not all(FUSIONS[of.fusion].has_weights for of in (settings, trained)):
+            other = other_setting(trained.resolve(vision_config), settings)
+            if other is not None:
+                name, before, now = other
+                raise ValueError(
+                    f"{path} was trained with {name}={before}, but this run has {now}; add --{name} {before}"
+                )
     return weights
 
 

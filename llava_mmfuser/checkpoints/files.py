@@ -2,15 +2,21 @@
 
 import contextlib
 import json
+import math
 import os
 import zipfile
-from typing import Any, Dict, Iterable, List, Mapping, NamedTuple, Optional, Tuple
+from typing import Any, Dict, Iterable, Iterator, List, Mapping, NamedTuple, Optional, Tuple
 
 import torch
 
 from ..names import MARK, without_wrapper
 
 DTYPES = {"F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64": "float64"}
+# fmt: off
+BITS = {"BOOL": 8, "U8": 8, "I8": 8, "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6, "F8_E4M3": 8, "F8_E4M3FNUZ": 8, "F8_E5M2": 8,
+        "F8_E5M2FNUZ": 8, "F8_E8M0": 8, "U16": 16, "I16": 16, "F16": 16, "BF16": 16, "U32": 32, "I32": 32, "F32": 32,
+        "U64": 64, "I64": 64, "F64": 64, "C64": 64}  # of a number, by safetensors' name
+# fmt: on
 
 
 class Weight(NamedTuple):
@@ -40,7 +46,8 @@ def read_header(path: str) -> Tuple[Dict[str, Any], int]:
     """The JSON header of a safetensors file, and where its data begin, in bytes.
 
     Raises:
-        ValueError: not a safetensors file, or one whose length is not what its header says.
+        ValueError: not a safetensors file, one whose length is not what its header says, or a header that contradicts
+            itself.
     """
     size = os.path.getsize(path)
     with open(path, "rb") as stream:
@@ -49,11 +56,8 @@ def read_header(path: str) -> Tuple[Dict[str, Any], int]:
             if size < 8 or length > size - 8:
                 raise ValueError(f"its header would take {length} bytes")
             header = json.loads(stream.read(length).decode("utf-8"))
-            entries = [entry for name, entry in header.items() if name != "__metadata__"]
-            end = 8 + length + max([entry["data_offsets"][1] for entry in entries], default=0)
-            if not all(isinstance(entry["dtype"], str) and isinstance(entry["shape"], list) for entry in entries):
-                raise ValueError("its header has other entries than tensors")
-        except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError) as error:
+            end = 8 + length + _data_length(header)
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise ValueError(
                 f"{path} ({size} bytes) is not a complete safetensors file: {error}; download or copy it again"
             ) from error
@@ -62,6 +66,26 @@ def read_header(path: str) -> Tuple[Dict[str, Any], int]:
             f"{path} has {size} bytes, but its header says {end}: it is truncated or damaged; download or copy it again"
         )
     return header, 8 + length
+
+
+def _data_length(header: Dict[str, Any]) -> int:
+    """How many bytes a header's tensors take: one behind the other, each as long as its dtype and shape say."""
+    metadata = header.get("__metadata__") or {}
+    if not all(isinstance(value, str) for value in metadata.values()):
+        raise ValueError("its metadata are not texts")
+    entries = [(entry["data_offsets"], name, entry) for name, entry in header.items() if name != "__metadata__"]
+    position = 0
+    for (begin, end), name, entry in sorted(entries):
+        numbers = [begin, end, *entry["shape"]]
+        if not all(type(number) is int and 0 <= number < 1 << 63 for number in numbers):
+            raise ValueError(f"{name} has a shape or offsets that are no whole numbers")
+        if entry["dtype"] not in BITS:
+            raise ValueError(f"{name} is {entry['dtype']!r}; known are {', '.join(BITS)}")
+        size = math.prod(entry["shape"]) * BITS[entry["dtype"]]
+        if begin != position or size != 8 * (end - begin):
+            raise ValueError(f"{name}: bytes {begin} to {end} are not those of {entry['shape']} {entry['dtype']}")
+        position = end
+    return position
 
 
 def load_bin(path: str) -> Dict[str, torch.Tensor]:
@@ -76,7 +100,9 @@ def load_bin(path: str) -> Dict[str, torch.Tensor]:
 
 
 def read_tensors(path: str) -> Dict[str, torch.Tensor]:
-    """Read a state dict saved by `torch.save` onto the CPU; runs no code in the file.
+    """Read a state dict saved by `torch.save` onto the CPU, with ``weights_only=True``, which runs no code in the file.
+
+    Before torch 2.6 that has a known hole (CVE-2025-32434): take safetensors of strangers, or a newer torch.
 
     Raises:
         ValueError: no such file, not a file of tensors (truncated, another format), or a pickle of something else.
@@ -130,15 +156,18 @@ def read_config(folder: str) -> Optional[Dict[str, Any]]:
     return config
 
 
-def read_tensor(folder: str, weight: Weight) -> torch.Tensor:
-    """One tensor of a checkpoint."""
-    path = os.path.join(folder, weight.file)
-    if not path.endswith(".safetensors"):
-        return load_bin(path)[weight.name]
-    from safetensors import safe_open
+def read_tensors_of(folder: str, weights: Mapping[str, Weight]) -> Iterator[Tuple[str, torch.Tensor]]:
+    """The keys of some weights of a checkpoint and their tensors, one after the other."""
+    for file in dict.fromkeys(weight.file for weight in weights.values()):
+        path, keys = os.path.join(folder, file), [key for key, weight in weights.items() if weight.file == file]
+        if file.endswith(".safetensors"):
+            from safetensors import safe_open
 
-    with safe_open(path, framework="pt") as stream:
-        return stream.get_tensor(weight.name)
+            with safe_open(path, framework="pt") as stream:
+                yield from ((key, stream.get_tensor(weights[key].name)) for key in keys)
+        else:
+            state = load_bin(path)
+            yield from ((key, state[weights[key].name]) for key in keys)
 
 
 def projector_weights(weights: Iterable[Weight]) -> Dict[str, Weight]:

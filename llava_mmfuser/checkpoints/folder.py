@@ -6,19 +6,22 @@ That is safetensors before ``.bin``, one file before shards, then adapters.
 import json
 import os
 import re
-from dataclasses import dataclass
-from typing import Any, Dict, List, Mapping, Optional, Tuple
+from dataclasses import dataclass, field
+from typing import Any, Collection, Dict, Iterable, List, Mapping, Optional, Tuple
 
 from ..names import Format, format_of
 from .files import Weight, projector_weights, read_config, read_weights
 
 _MODELS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
-_ADAPTERS = ("mm_projector.bin", "non_lora_trainables.bin")
+NON_LORA = "non_lora_trainables.bin"
+_ADAPTERS = ("mm_projector.bin", NON_LORA)
 MODEL = "the model"
 LORA = ("adapter_model.safetensors", "adapter_model.bin")
 _LEFT_OUT = re.compile(
     r"(model|pytorch_model)(-.*)?\.(safetensors|bin)(\.index\.json)?|(tf|flax)_model.*|(optimizer|scheduler|rng_state).*"
 )
+_CODE = (".py", ".pyc", ".pyd", ".so")
+POINTERS = ("auto_map", "custom_pipelines")  # keys of JSON files that name code which transformers would run
 FULL, LORA_FOLDER, ADAPTER_FOLDER = "a full checkpoint", "a LoRA folder", "an adapter folder"
 MIXED = "a LoRA folder with a full checkpoint in it"
 
@@ -28,13 +31,13 @@ class Checkpoint:
     """A folder as transformers and LLaVA would read it."""
 
     folder: str
-    config: Dict[str, Any]
-    shards: List[str]  # the whole model's files, in loading order; none in an adapter or LoRA folder
-    index: Dict[str, Any]  # of the shards; empty where there is none
-    adapters: List[str]  # other files that may hold the projector
-    weights: Dict[str, List[Weight]]  # of every file in shards and adapters
-    others: List[str]  # copied as they are
-    left_out: List[str]
+    config: Dict[str, Any]  # without `POINTERS`
+    weights: Dict[str, List[Weight]] = field(default_factory=dict)  # of every file in shards and adapters
+    shards: List[str] = field(default_factory=list)  # the whole model's files, in loading order; none of an adapter
+    adapters: List[str] = field(default_factory=list)  # other files that may hold the projector
+    index: Dict[str, Any] = field(default_factory=dict)  # of the shards; empty where there is none
+    others: List[str] = field(default_factory=list)  # copied as they are
+    left_out: List[str] = field(default_factory=list)
 
     def path(self, file: str) -> str:
         """Where a file of the folder lies."""
@@ -85,17 +88,34 @@ def read_checkpoint(folder: str) -> Checkpoint:
     weights = {file: read_weights(folder, file) for file in shards + adapters}
     for file in shards if index else []:
         listed = {name for name, shard in index["weight_map"].items() if shard == file}
-        differing = sorted(listed ^ {weight.name for weight in weights[file]})
-        if differing:
-            raise ValueError(
-                f"{os.path.join(folder, model)} and {file} disagree about {', '.join(differing[:3])} "
-                f"({len(differing)} tensors); the files belong to different checkpoints, so copy them again"
-            )
+        check_index(listed, weights[file], f"{os.path.join(folder, model)} and {file}")
     used = {*shards, *adapters, model, "config.json"}
-    left_out = [name for name in files if name not in used and _LEFT_OUT.fullmatch(name)]
+    left_out = [n for n in files if n not in used and (_LEFT_OUT.fullmatch(n) or n.lower().endswith(_CODE))]
     others = [name for name in files if name not in used and name not in left_out]
     folders = [name + "/" for name in entries if os.path.isdir(os.path.join(folder, name))]
-    return Checkpoint(folder, config, shards, index, adapters, weights, others, left_out + folders)
+    cleaned = without_pointers(config)
+    pointers = [] if cleaned == config else [f"{' and '.join(POINTERS)} of config.json"]
+    return Checkpoint(folder, cleaned, weights, shards, adapters, index, others, left_out + folders + pointers)
+
+
+def without_pointers(content: Any) -> Any:
+    """What a JSON file holds, without `POINTERS`. A number is none, but a token's place in a vocabulary."""
+    if isinstance(content, list):
+        return [without_pointers(value) for value in content]
+    if not isinstance(content, dict):
+        return content
+    kept = {key: value for key, value in content.items() if key not in POINTERS or isinstance(value, int)}
+    return {key: without_pointers(value) for key, value in kept.items()}
+
+
+def check_index(listed: Collection[str], weights: Iterable[Weight], files: str) -> None:
+    """Refuse an index of shards that names other weights than there are; transformers would take it at its word."""
+    differing = sorted(set(listed) ^ {weight.name for weight in weights})
+    if differing:
+        raise ValueError(
+            f"{files} disagree about {', '.join(differing[:3])} ({len(differing)} tensors); the files belong to "
+            f"different checkpoints, so copy them again"
+        )
 
 
 def _read_index(folder: str, name: str) -> Tuple[Dict[str, Any], List[str]]:
@@ -107,7 +127,9 @@ def _read_index(folder: str, name: str) -> Tuple[Dict[str, Any], List[str]]:
             raise ValueError(f"{path} is not JSON: {error}") from error
     if not isinstance(index, dict) or not all(isinstance(index.get(key), dict) for key in ("metadata", "weight_map")):
         raise ValueError(f"{path} is not an index of shards: it needs the objects 'metadata' and 'weight_map'")
-    shards = sorted({str(shard) for shard in index["weight_map"].values()})
+    if not all(isinstance(shard, str) for shard in index["weight_map"].values()):
+        raise ValueError(f"{path} is not an index of shards: 'weight_map' must map names to files")
+    shards = sorted(set(index["weight_map"].values()))
     for shard in shards:
         if os.path.basename(shard) != shard or not shard.endswith((".safetensors", ".bin")):
             raise ValueError(f"{path} names the shard {shard!r}; only weight files in the same folder are allowed")

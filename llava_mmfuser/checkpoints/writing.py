@@ -58,6 +58,7 @@ def _write_text(content: str, path: str, advance: Advance) -> None:
 def _copy(source: str, path: str, advance: Advance) -> None:
     with open(source, "rb") as old, open(path, "wb") as new:
         _stream(old, new, advance)
+    shutil.copymode(source, path)
 
 
 def _link(source: str, path: str, advance: Advance) -> None:
@@ -81,6 +82,7 @@ def _write_renamed(source: str, rename: Callable[[str], str], path: str, advance
         new.write(len(encoded).to_bytes(8, "little") + encoded)
         old.seek(start)
         _stream(old, new, advance)
+    shutil.copymode(source, path)
 
 
 def _write_bin(
@@ -93,6 +95,7 @@ def _write_bin(
     new.update(extra)
     with open(path, "wb") as stream:
         torch.save(new, stream)
+    shutil.copymode(source, path)
     advance(os.path.getsize(path))
 
 

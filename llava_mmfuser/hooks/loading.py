@@ -5,19 +5,17 @@ import inspect
 import logging
 import os
 from types import SimpleNamespace
-from typing import Any, Dict, List, Optional
+from typing import Any, Dict, List, Mapping, Optional
 
 from ..block.leaves import Resettable, materialize
-from ..checkpoints.adapter import match_adapter, read_adapter
-from ..checkpoints.files import projector_weights, read_config, read_weights
-from ..checkpoints.fit import check_weights, misfit, projector_shapes
-from ..checkpoints.folder import FULL, MIXED, folder_kind, name_problem
+from ..checkpoints.files import Weight, read_config, read_weights
+from ..checkpoints.folder import FULL, MIXED, Checkpoint, check_index, folder_kind, name_problem
+from ..checkpoints.verdict import LOAD, judge
 from ..config import PROJECTOR_TYPE, MMFuserConfig
-from ..names import has_fuser, is_authors_config, missing_fuser_keys
+from ..names import MARK, has_fuser, missing_fuser_keys
 from ..projector import MMFuserProjector
 from .model import report
-from .resuming import ADAPTER
-from .tower import refuse_layer_list
+from .resuming import ADAPTER, NON_LORA
 
 logger = logging.getLogger("llava_mmfuser")
 
@@ -72,21 +70,27 @@ def _loaded_keys(given: Dict[str, Any]) -> List[str]:
     return [weight.name for path in _files(given) for weight in read_weights(*os.path.split(path))]
 
 
+def _is_fused(config: Mapping[str, Any]) -> bool:
+    """Whether a model of this config gets a fuser."""
+    return config.get("mm_projector_type") == PROJECTOR_TYPE
+
+
 def _check_weights(given: Dict[str, Any], keys: List[str]) -> None:
-    """Ask of what `_load_pretrained_model` is about to read whether it fits, if the model or the weights have a fuser.
-    Other models than LLaVA's may leave a projector out, as they do without a fuser."""
-    model, path = given["model"], given["pretrained_model_name_or_path"]
+    """Before weights are read: they must fit, if the model or the weights have a fuser. Other models than LLaVA's may
+    leave a projector out, as they do without a fuser."""
+    model, path, state = given["model"], given["pretrained_model_name_or_path"], given["state_dict"]
     config = vars(model.config)
-    if not hasattr(model, "get_vision_tower"):
+    if not hasattr(model, "get_vision_tower") or not (_is_fused(config) or has_fuser(keys)):
         return
-    if config.get("mm_projector_type") != PROJECTOR_TYPE and not has_fuser(keys):
-        return
+    if state is None:
+        weights = [weight for file in _files(given) for weight in read_weights(*os.path.split(file))]
+    else:
+        weights = [Weight("", name, str(value.dtype)[6:], tuple(value.shape)) for name, value in state.items()]
+    weights = [weight for weight in weights if MARK in weight.name]
     try:
-        if config.get("mm_vision_tower") is None and has_fuser(keys):
-            raise ValueError("config.json has no mm_vision_tower, but the weights hold a fuser; write it there")
-        projector = next((module for module in model.modules() if isinstance(module, MMFuserProjector)), None)
-        shapes = None if projector is None else projector.shapes()
-        check_weights(config, shapes, keys, _files(given), given["state_dict"])
+        listed = {name for name in keys if MARK in name}
+        check_index(listed, weights, "the index of the shards and the shards")
+        judge(Checkpoint(str(path), config, {"": weights}, shards=[""]), LOAD).check()
     except ValueError as error:
         raise ValueError(f"{path}: {error}; `python -m llava_mmfuser inspect` shows what is there") from error
 
@@ -110,25 +114,20 @@ def _check_checkpoint(model_path: str, model_base: Optional[str], model_name: st
     config = read_config(os.path.dirname(file)) if file else None
     if config is None:
         return
-    if is_authors_config(config):
-        refuse_layer_list({**config, "_name_or_path": model_path})
-    is_lora, fused = "lora" in model_name.lower(), config.get("mm_projector_type") == PROJECTOR_TYPE
+    is_lora, fused = "lora" in model_name.lower(), _is_fused(config)
     if fused:
         _check_place(model_path, model_base, model_name, config)
     if model_base is None or "llava" not in model_name.lower():
         return
-    adapter = find("non_lora_trainables.bin" if is_lora else "mm_projector.bin")
+    adapter = find(NON_LORA if is_lora else ADAPTER)
     if adapter is None:
         return
-    if fused:
-        settings = MMFuserConfig.from_llava(config)
-        match_adapter(adapter, read_adapter(adapter, is_lora), settings, projector_shapes(config, settings))
-        return
-    weights = {}
-    with contextlib.suppress(ValueError):  # what cannot be read with weights_only is left to LLaVA
-        weights = projector_weights(read_weights(*os.path.split(adapter)))
-    if any(name.startswith("fuser.") for name in weights):
-        raise ValueError(f"{adapter}: {misfit(config, weights)}")
+    folder, file = os.path.split(adapter)
+    weights = []
+    with contextlib.nullcontext() if fused else contextlib.suppress(ValueError):  # what plain LLaVA reads is its affair
+        weights = read_weights(folder, file)
+    if fused or has_fuser(weight.name for weight in weights):
+        judge(Checkpoint(folder, config, {file: weights}, adapters=[file]), LOAD).check()
 
 
 def _check_place(path: str, base: Optional[str], name: str, config: Dict[str, Any]) -> None:

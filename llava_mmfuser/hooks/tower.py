@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from ..checkpoints.fit import check_tower
+from ..checkpoints.verdict import check_tower
 from ..config import PROJECTOR_TYPE, MMFuserConfig, read_setting
 from ..layers import spell
 from ..names import convert_hint, is_authors_config

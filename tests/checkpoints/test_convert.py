@@ -85,7 +85,7 @@ def test_layers_may_be_spelled_in_config_json_as_on_the_command_line(take, made,
         change_config(source, mm_vision_select_layer=spelling)
         code, text, _ = cli("inspect", source)
         assert code == 1 and "layers: -8,-6,-5,-3,-2\n" in text and f"mmfuser convert {source}" in text
-        with pytest.raises(ValueError, match=f"layer=.* is a list, which needs .* llava_mmfuser convert {source}"):
+        with pytest.raises(ValueError, match=f"llava_mmfuser convert {source}"):
             if layout == "adapter":
                 load_pretrained_model(str(source), "base", "llava")
             else:
@@ -348,7 +348,7 @@ def test_incomplete_fuser_of_the_authors_is_refused(take, tmp_path, cli, missing
 def test_our_checkpoint_without_fuser_weights_has_nothing_to_convert(take, tmp_path, cli):
     source = take("ours", BIN)
     edit_weights(source / "pytorch_model.bin", without(".fuser."))
-    fails(cli, source, tmp_path / "out", ["convert", "--to", "authors"], "no weights of a fuser")
+    fails(cli, source, tmp_path / "out", ["convert", "--to", "authors"], "no weights of its fuser")
 
 
 def test_bad_places_are_refused(take, tmp_path, cli, monkeypatch):

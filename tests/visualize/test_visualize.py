@@ -23,8 +23,8 @@ from transformers import CLIPImageProcessor, CLIPVisionModel
 from llava_mmfuser import __main__ as command_line
 from llava_mmfuser.visualize.drawing import colours, draw
 from llava_mmfuser.visualize.maps import feature_maps, preprocess
-from llava_mmfuser.visualize.model import read_model
 from llava_mmfuser.visualize.pictures import output_names
+from llava_mmfuser.visualize.reading import read_model
 
 LAYERS = [3, 4, 5, 6, 7]  # of a tower with 8 blocks and 4 x 4 patches of 7 pixels
 
