@@ -2,7 +2,7 @@
 
 import enum
 import re
-from typing import Any, Dict, Iterable, List, Mapping, Optional, Tuple
+from typing import Any, Dict, Iterable, Mapping, Optional, Tuple
 
 import torch
 
@@ -16,13 +16,10 @@ Shapes = Dict[str, Tuple[int, ...]]
 
 
 def from_published(name: str, linear: bool = False) -> str:
-    """Our name of a weight in the authors' projector, both without what stands before and including ``mm_projector.``.
+    """Our name of a weight in the authors' projector, both as they are behind ``mm_projector.``.
 
-    Theirs is ``Sequential(fuser, Linear, GELU, Linear, …)``; ours keeps the MLP at LLaVA's own 0, 2, ….
-
-    Args:
-        name: such as ``0.gamma1`` or ``3.bias``.
-        linear: the inner projector is a single Linear, whose names have no number.
+    Theirs is ``Sequential(fuser, Linear, GELU, Linear, …)``; ours keeps the MLP at LLaVA's own 0, 2, …, and a `linear`
+    projector, which is a single Linear, without a number.
     """
     first, _, rest = name.partition(".")
     if first == "0":
@@ -46,10 +43,7 @@ def is_published(names: Iterable[str]) -> bool:
 def rename_published(state_dict: Dict[str, Any], prefix: str = "", linear: bool = False) -> None:
     """Give the tensors of an authors' adapter our names, in place; leave every other state dict alone.
 
-    Args:
-        state_dict: names to tensors.
-        prefix: what stands before the names of the projector, such as ``model.mm_projector.``.
-        linear: see `from_published`.
+    Their names begin with `prefix`, such as ``model.mm_projector.``. For `linear` see `from_published`.
     """
     if is_published(key[len(prefix) :] for key in state_dict if key.startswith(prefix)):
         for key in [key for key in state_dict if re.match(r"\d+\.", key[len(prefix) :]) and key.startswith(prefix)]:
@@ -59,9 +53,7 @@ def rename_published(state_dict: Dict[str, Any], prefix: str = "", linear: bool 
 def without_wrapper(state_dict: Dict[str, Any], prefix: str = "") -> None:
     """Give a projector's tensors that were saved from within PEFT's ``modules_to_save`` their own names, in place.
 
-    Args:
-        state_dict: names to tensors; of the frozen original and its trained copy the copy is kept.
-        prefix: see `rename_published`.
+    Of the frozen original and its trained copy the copy is kept. For `prefix` see `rename_published`.
     """
     for key in sorted(key for key in state_dict if key.startswith(prefix)):
         wrapped = re.fullmatch(r"(modules_to_save\.[^.]+|original_module)\.(.+)", key[len(prefix) :])
@@ -75,26 +67,9 @@ def has_fuser(names: Iterable[str]) -> bool:
     return any(name.rpartition(MARK)[2].startswith(("fuser.", "0.gamma1")) for name in names)
 
 
-def missing_fuser_keys(loaded_keys: Iterable[str], projector: Any) -> List[str]:
-    """Names of the fuser's parameters that a checkpoint of a whole model lacks, sorted.
-
-    Args:
-        loaded_keys: names of the tensors in the checkpoint.
-        projector: the `MMFuserProjector` that was loaded.
-    """
-    prefix = MARK + "fuser."
-    there = {key.split(prefix)[1] for key in loaded_keys if prefix in key}
-    return sorted(name for name, _ in projector.fuser.named_parameters() if name not in there)
-
-
 def expected_shapes(settings: MMFuserConfig, mm_hidden_size: int, hidden_size: int) -> Shapes:
-    """Names, without ``mm_projector.``, and shapes of all weights of a projector with fuser.
-
-    Args:
-        settings: of the fuser.
-        mm_hidden_size: width of the vision tower.
-        hidden_size: width of the language model.
-    """
+    """Names behind ``mm_projector.`` and shapes of all weights of a projector with fuser, from the vision tower's width
+    and the language model's."""
     with torch.device("meta"):
         fuser = settings.build(mm_hidden_size, hidden_size)
     of_fuser = {"fuser." + name: tuple(parameter.shape) for name, parameter in fuser.named_parameters()}

@@ -1,10 +1,9 @@
 """Checkpoints: reading their layout, converting them from and to the authors' format, adding a fuser to released ones.
 
 Every command makes a plan, a list of `Step`, from the input, which is only read, and checks all it can before
-`writing` writes the first byte. Weights are never held in memory: a safetensors file gets a new header in front of
-its old data, a ``.bin`` is memory-mapped. What transformers would load is converted: safetensors before ``.bin``, one
-file before shards; weights in other formats, optimizer states (which follow the old order of parameters) and subfolders
-are left out, which the returned notes say.
+`writing` writes the first byte. A safetensors file gets a new header in front of its old data, a ``.bin`` is
+memory-mapped. The returned notes say what is left out: what transformers would not load, optimizer states (which follow
+the old order of parameters), subfolders, and code.
 """
 
 import contextlib
@@ -22,9 +21,9 @@ from ..layers import Layers
 from ..names import MARK, Format, from_published, to_published
 from ..towers import check_features, local_tower, tower_config
 from . import writing
-from .files import DTYPES
+from .files import DTYPES, read_json
 from .folder import LORA, POINTERS, Checkpoint, read_checkpoint, without_pointers
-from .verdict import CONVERT, TO_AUTHORS, UPGRADE, check_format, judge
+from .verdict import CONVERT, TO_AUTHORS, UPGRADE, check_format, check_tower, judge
 from .writing import Step
 
 
@@ -41,8 +40,7 @@ def convert(source: str, out: str, to_authors: bool = False, link: bool = False)
         Notes for the user, one per line.
 
     Raises:
-        ValueError: input that is damaged, in another format or with settings that the authors' code does not have;
-            an `out` that exists or lies in `source`; a disk that is too small, or that fills up.
+        ValueError: `judge` says no; an `out` that exists or lies in `source`; a disk that is too small.
         OSError: reading or writing fails.
     """
     check_out(source, out)
@@ -75,11 +73,7 @@ def convert(source: str, out: str, to_authors: bool = False, link: bool = False)
 
 
 def upgrade(
-    source: str,
-    out: str,
-    link: bool = False,
-    vision_tower: Optional[str] = None,
-    settings: Optional[Mapping[str, Any]] = None,
+    source: str, out: str, link: bool = False, vision_tower: Optional[str] = None, settings: Mapping[str, Any] = {}
 ) -> List[str]:
     """Put a fresh fuser in front of the projector of a released LLaVA: a checkpoint, an adapter or a LoRA folder.
 
@@ -88,9 +82,7 @@ def upgrade(
     fuser gets one of its own. In an adapter or LoRA folder it joins the projector in its file.
 
     Args:
-        source: folder to read.
-        out: folder to make.
-        link: hard-link weight files that stay as they are; they are copied where that is impossible.
+        source, out, link: as of `convert`.
         vision_tower: where to read the tower's config; None takes ``mm_vision_tower`` of config.json.
         settings: fields of `MMFuserConfig` to values; those that are absent get their defaults.
 
@@ -98,15 +90,14 @@ def upgrade(
         Notes for the user, one per line.
 
     Raises:
-        ValueError: as `convert`; settings that do not fit the tower or the projector; layers with another query than
-            the checkpoint's own layer.
+        ValueError: as `convert`; see `upgrade_settings`.
         OSError: reading or writing fails.
     """
     check_out(source, out)
     checkpoint = read_checkpoint(source)
     check_format(checkpoint, Format.LLAVA, "upgrade")
     config = dict(checkpoint.config)
-    resolved, tower = upgrade_settings(config, dict(settings or {}), vision_tower or config.get("mm_vision_tower"))
+    resolved, tower = upgrade_settings(config, dict(settings), vision_tower or config.get("mm_vision_tower"))
     config.update(mm_projector_type=PROJECTOR_TYPE, mm_hidden_size=tower.hidden_size, **resolved.to_llava())
     config["mm_vision_select_layer"] = Layers.parse(config["mm_vision_select_layer"])[-1]  # an int, if it was a text
     widths = {**checkpoint.config, "mm_hidden_size": tower.hidden_size}
@@ -114,8 +105,11 @@ def upgrade(
     fresh = resolved.build(tower.hidden_size, config["hidden_size"]).state_dict()
     link, notes = may_link(link, source, out)
     steps = []
-    for label, weights in checkpoint.projectors().items():
-        like = next(iter(weights.values()))
+    for label, weights in {**dict.fromkeys(checkpoint.adapters, {}), **checkpoint.projectors()}.items():
+        like = next(iter(weights.values()), None)
+        if like is None:
+            steps.append(writing.unchanged(checkpoint.path(label), label, link))
+            continue
         if like.dtype not in DTYPES.values():
             raise ValueError(f"{like.file}: {like.name} is {like.dtype}; only a projector in floating point is allowed")
         prefix = like.name.split(MARK)[0] + MARK + "fuser."
@@ -124,8 +118,6 @@ def upgrade(
             steps.append(writing.renamed(checkpoint.path(label), str, fuser))
         else:
             steps += with_new_shard(checkpoint, fuser, link)
-    done = {file for file in checkpoint.projectors() if file in checkpoint.adapters}
-    steps += [writing.unchanged(checkpoint.path(file), file, link) for file in checkpoint.adapters if file not in done]
     return notes + finish("upgrade", checkpoint, out, steps, config, link)
 
 
@@ -156,11 +148,7 @@ def upgrade_settings(
     except ValueError as error:
         raise ValueError(f"{error}; name a folder that has it by --vision-tower PATH") from error
     settings = settings.resolve(tower)
-    if config.get("mm_hidden_size", tower.hidden_size) != tower.hidden_size:
-        raise ValueError(
-            f"mm_hidden_size={config['mm_hidden_size']!r} in config.json, but the vision tower {name!r} has width "
-            f"{tower.hidden_size}; give the tower that the checkpoint was trained with by --vision-tower"
-        )
+    check_tower(config, tower)
     own = query[-1] % (tower.num_hidden_layers + 1)
     if settings.layers[-1] != own:
         raise ValueError(
@@ -191,9 +179,8 @@ def may_link(link: bool, source: str, out: str) -> Tuple[bool, List[str]]:
 
 def with_new_shard(checkpoint: Checkpoint, tensors: Dict[str, torch.Tensor], link: bool) -> List[Step]:
     """The model's files under the names of the first n of n + 1 shards, one more with `tensors`, and the index."""
-    stem, ending = (
-        ("model", ".safetensors") if checkpoint.shards[0].endswith(".safetensors") else ("pytorch_model", ".bin")
-    )
+    safe = checkpoint.shards[0].endswith(".safetensors")
+    stem, ending = ("model", ".safetensors") if safe else ("pytorch_model", ".bin")
     total = len(checkpoint.shards) + 1
     names = [f"{stem}-{number:05d}-of-{total:05d}{ending}" for number in range(1, total + 1)]
     steps = [writing.unchanged(checkpoint.path(file), name, link) for file, name in zip(checkpoint.shards, names)]
@@ -218,18 +205,15 @@ def _index_step(checkpoint: Checkpoint, index: Dict[str, Any]) -> Step:
 def finish(
     command: str, checkpoint: Checkpoint, out: str, steps: List[Step], config: Dict[str, Any], link: bool
 ) -> List[str]:
-    """Carry out `steps`, then copy the other files and at last write config.json. Returns notes for the user.
-
-    What others wrote to be run, files of code and `POINTERS` to them, is left out.
-
-    Raises:
-        ValueError: a symbolic link out of the folder; see `write_folder`.
-    """
+    """Carry out `steps`, copy the other files, without `POINTERS` to code of others, and at last write config.json;
+    returns notes for the user."""
     left_out, steps = list(checkpoint.left_out), list(steps)
     for file in checkpoint.others:
         path = checkpoint.path(file)
         refuse_link_out(checkpoint.folder, file)
-        content = read_json(path) if file.endswith(".json") else None
+        content = None
+        with contextlib.suppress(ValueError):  # what is no JSON names no code
+            content = read_json(path) if file.endswith(".json") else None
         cleaned = without_pointers(content)
         if cleaned != content:
             left_out.append(f"{' and '.join(POINTERS)} of {file}")
@@ -242,18 +226,8 @@ def finish(
     return notes + [f"{out} is complete: {len(steps)} files"]
 
 
-def read_json(path: str) -> Any:
-    """What a JSON file holds; None of what is no JSON."""
-    with open(path, encoding="utf-8") as stream, contextlib.suppress(ValueError, RecursionError):
-        return json.load(stream)
-    return None
-
-
 def refuse_link_out(folder: str, file: str) -> None:
-    """Raise ValueError for a symbolic link that leads out of a folder to a file that nobody has looked at.
-
-    The hub's cache holds links to its own ``blobs``.
-    """
+    """Raise ValueError for a symbolic link out of a folder; the hub's cache holds links to its own ``blobs``."""
     home, target = os.path.realpath(folder), os.path.realpath(os.path.join(folder, file))
     blobs = os.path.join(os.path.dirname(os.path.dirname(home)), "blobs")
     if not target.startswith((home + os.sep, blobs + os.sep)):

@@ -1,6 +1,7 @@
 """Weight files, whose headers tell names, dtypes and shapes, and config.json. A ``.bin`` is memory-mapped."""
 
 import contextlib
+import inspect
 import json
 import math
 import os
@@ -29,11 +30,7 @@ class Weight(NamedTuple):
 
 
 def read_weights(folder: str, file: str) -> List[Weight]:
-    """Names, dtypes and shapes of the tensors in a safetensors or ``.bin`` file, in its order.
-
-    Raises:
-        ValueError: see `read_header` and `load_bin`.
-    """
+    """Names, dtypes and shapes of the tensors in a safetensors or ``.bin`` file, in its order."""
     path = os.path.join(folder, file)
     if file.endswith(".safetensors"):
         entries = [(name, entry) for name, entry in read_header(path)[0].items() if name != "__metadata__"]
@@ -46,8 +43,7 @@ def read_header(path: str) -> Tuple[Dict[str, Any], int]:
     """The JSON header of a safetensors file, and where its data begin, in bytes.
 
     Raises:
-        ValueError: not a safetensors file, one whose length is not what its header says, or a header that contradicts
-            itself.
+        ValueError: not a safetensors file; a header that contradicts itself or the file's length.
     """
     size = os.path.getsize(path)
     with open(path, "rb") as stream:
@@ -89,17 +85,11 @@ def _data_length(header: Dict[str, Any]) -> int:
 
 
 def load_bin(path: str) -> Dict[str, torch.Tensor]:
-    """As `read_tensors`, memory-mapped where the file's format allows."""
-    if zipfile.is_zipfile(path):
-        with contextlib.suppress(Exception):  # `read_tensors` finds the same fault, and says what to do
-            state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-            tensors = isinstance(state, dict) and all(isinstance(value, torch.Tensor) for value in state.values())
-            if tensors and all(isinstance(name, str) for name in state):
-                return state
-    return read_tensors(path)
+    """As `read_tensors`, memory-mapped where the file and torch can."""
+    return read_tensors(path, mmap=zipfile.is_zipfile(path) and "mmap" in inspect.signature(torch.load).parameters)
 
 
-def read_tensors(path: str) -> Dict[str, torch.Tensor]:
+def read_tensors(path: str, **options: Any) -> Dict[str, torch.Tensor]:
     """Read a state dict saved by `torch.save` onto the CPU, with ``weights_only=True``, which runs no code in the file.
 
     Before torch 2.6 that has a known hole (CVE-2025-32434): take safetensors of strangers, or a newer torch.
@@ -111,19 +101,20 @@ def read_tensors(path: str) -> Dict[str, torch.Tensor]:
         hint = "a folder; name the file in it, such as mm_projector.bin" if os.path.isdir(path) else "no such file"
         raise ValueError(f"{path}: {hint}")
     try:
-        state_dict = torch.load(path, map_location="cpu", weights_only=True)
+        state_dict = torch.load(path, map_location="cpu", weights_only=True, **options)
     except Exception as error:  # of no common type; its text is left out, because torch advises to run the file's code
         raise ValueError(
             f"{path} ({os.path.getsize(path)} bytes) cannot be read as tensors saved by torch.save "
             f"({type(error).__name__}). It is truncated, of another format, or holds other Python objects, "
             f"which are not loaded because they could run code; download or save it again"
         ) from error
-    if not isinstance(state_dict, dict) or not all(isinstance(value, torch.Tensor) for value in state_dict.values()):
-        kind = type(state_dict).__name__
-        if isinstance(state_dict, dict):
-            kind = "dict of " + ", ".join(sorted({type(value).__name__ for value in state_dict.values()}))
-        raise ValueError(f"{path} holds a {kind}, not a state dict (names to tensors)")
-    return {str(name): value for name, value in state_dict.items()}
+    kind = type(state_dict).__name__
+    if isinstance(state_dict, dict):
+        if all(isinstance(value, torch.Tensor) for value in state_dict.values()):
+            same = all(isinstance(name, str) for name in state_dict)
+            return state_dict if same else {str(name): value for name, value in state_dict.items()}
+        kind = "dict of " + ", ".join(sorted({type(value).__name__ for value in state_dict.values()}))
+    raise ValueError(f"{path} holds a {kind}, not a state dict (names to tensors)")
 
 
 def save_tensors(state_dict: Mapping[str, torch.Tensor], path: str) -> None:
@@ -137,21 +128,20 @@ def save_tensors(state_dict: Mapping[str, torch.Tensor], path: str) -> None:
             os.unlink(partial)
 
 
-def read_config(folder: str) -> Optional[Dict[str, Any]]:
-    """``config.json`` of a folder as a dict, or None where there is none.
-
-    Raises:
-        ValueError: it is not JSON in UTF-8 as transformers reads it, or no object.
-    """
-    file = os.path.join(folder, "config.json")
-    if not os.path.isfile(file):
-        return None
-    with open(file, encoding="utf-8") as stream:
+def read_json(path: str) -> Any:
+    """What a JSON file holds; raises ValueError for what transformers could not read."""
+    with open(path, encoding="utf-8") as stream:
         try:
-            config = json.load(stream)
+            return json.load(stream)
         except (ValueError, RecursionError) as error:
-            raise ValueError(f"{file} is not JSON in UTF-8: {error}") from error
-    if not isinstance(config, dict):
+            raise ValueError(f"{path} is not JSON in UTF-8: {error}") from error
+
+
+def read_config(folder: str) -> Optional[Dict[str, Any]]:
+    """``config.json`` of a folder as a dict, or None where there is none; raises ValueError for what is no object."""
+    file = os.path.join(folder, "config.json")
+    config = read_json(file) if os.path.isfile(file) else None
+    if os.path.isfile(file) and not isinstance(config, dict):
         raise ValueError(f"{file} is not a JSON object; copy the config.json that was saved with the weights")
     return config
 

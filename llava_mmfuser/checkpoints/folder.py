@@ -3,14 +3,13 @@
 That is safetensors before ``.bin``, one file before shards, then adapters.
 """
 
-import json
 import os
 import re
 from dataclasses import dataclass, field
 from typing import Any, Collection, Dict, Iterable, List, Mapping, Optional, Tuple
 
 from ..names import Format, format_of
-from .files import Weight, projector_weights, read_config, read_weights
+from .files import Weight, projector_weights, read_config, read_json, read_weights
 
 _MODELS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 NON_LORA = "non_lora_trainables.bin"
@@ -46,9 +45,7 @@ class Checkpoint:
     def projectors(self) -> Dict[str, Dict[str, Weight]]:
         """For the model and for each adapter that has any: weights by their name behind ``mm_projector.``."""
         sources = {MODEL: self.shards, **{file: [file] for file in self.adapters}}
-        found = {
-            label: projector_weights(w for f in files for w in self.weights[f]) for label, files in sources.items()
-        }
+        found = {label: projector_weights(w for f in own for w in self.weights[f]) for label, own in sources.items()}
         return {label: weights for label, weights in found.items() if weights}
 
     def format(self) -> Format:
@@ -60,16 +57,13 @@ def read_checkpoint(folder: str) -> Checkpoint:
     """Read the config, the index and the names, dtypes and shapes of all weights of a checkpoint folder.
 
     Raises:
-        ValueError: no folder, no or bad config.json or index, a shard that is absent, a weight file that is truncated,
-            of another format or holds other Python objects, an index that contradicts its shards, or no weights.
+        ValueError: something that it needs is absent, damaged, of another format, or contradicts another file.
     """
     if not os.path.isdir(folder):
         raise ValueError(f"{folder} is not a folder; name the folder of a checkpoint that is on this machine")
     config = read_config(folder)
     if config is None:
-        raise ValueError(
-            f"{folder} has no config.json; name the folder in which LLaVA saved the weights and config.json"
-        )
+        raise ValueError(f"{folder} has no config.json; name the folder in which LLaVA saved it with the weights")
     entries = sorted(os.listdir(folder))
     files = [name for name in entries if os.path.isfile(os.path.join(folder, name))]
     unreadable = [name for name in files if not os.access(os.path.join(folder, name), os.R_OK)]
@@ -120,16 +114,10 @@ def check_index(listed: Collection[str], weights: Iterable[Weight], files: str) 
 
 def _read_index(folder: str, name: str) -> Tuple[Dict[str, Any], List[str]]:
     path = os.path.join(folder, name)
-    with open(path, encoding="utf-8") as stream:
-        try:
-            index = json.load(stream)
-        except (ValueError, RecursionError) as error:
-            raise ValueError(f"{path} is not JSON: {error}") from error
+    index = read_json(path)
     if not isinstance(index, dict) or not all(isinstance(index.get(key), dict) for key in ("metadata", "weight_map")):
         raise ValueError(f"{path} is not an index of shards: it needs the objects 'metadata' and 'weight_map'")
-    if not all(isinstance(shard, str) for shard in index["weight_map"].values()):
-        raise ValueError(f"{path} is not an index of shards: 'weight_map' must map names to files")
-    shards = sorted(set(index["weight_map"].values()))
+    shards = sorted(set(map(str, index["weight_map"].values())))
     for shard in shards:
         if os.path.basename(shard) != shard or not shard.endswith((".safetensors", ".bin")):
             raise ValueError(f"{path} names the shard {shard!r}; only weight files in the same folder are allowed")
@@ -148,28 +136,16 @@ def folder_kind(folder: str) -> str:
 
 
 def name_problem(name: str, kind: str, config: Mapping[str, Any]) -> Optional[str]:
-    """What is wrong with the model_name that `load_pretrained_model` goes by; None if nothing.
-
-    Args:
-        name: what LLaVA's `get_model_name_from_path` makes of a path, or what is passed.
-        kind: see `folder_kind`.
-        config: its config.json.
-    """
-    is_lora = kind in (LORA_FOLDER, MIXED)
-    wanted = ["llava"] + (["lora"] if is_lora else [])
-    unwanted = ["lora"] if kind == ADAPTER_FOLDER else []
-    if not is_lora and "mpt" not in str(config.get("model_type")):
-        unwanted.append("mpt")
-    missing = [word for word in wanted if word not in name.lower()]
+    """What is wrong with the model_name that `load_pretrained_model` goes by; None if nothing. See `folder_kind`."""
+    is_lora, name_type = kind in (LORA_FOLDER, MIXED), str(config.get("model_type"))
+    missing = [word for word in ["llava"] + ["lora"] * is_lora if word not in name.lower()]
+    unwanted = ["lora"] * (kind == ADAPTER_FOLDER) + ["mpt"] * (not is_lora and "mpt" not in name_type)
     present = [word for word in unwanted if word in name.lower()]
-    if not missing and not present:
-        return None
     rule = [f"contain {' and '.join(map(repr, missing))}"] if missing else []
     rule += [f"not contain {' or '.join(map(repr, present))}"] if present else []
-    return (
-        f"model_name={name!r} must {' and '.join(rule)} for {kind} (model_type="
-        f"{config.get('model_type')!r}): rename the folder, or pass such a model_name to load_pretrained_model"
-    )
+    advice = "rename the folder, or pass such a model_name to load_pretrained_model"
+    what = f"{kind} (model_type={config.get('model_type')!r})"
+    return f"model_name={name!r} must {' and '.join(rule)} for {what}: {advice}" if rule else None
 
 
 def name_from_path(path: str) -> str:

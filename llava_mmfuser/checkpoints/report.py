@@ -16,14 +16,10 @@ NAME_NOTE = "note: LLaVA goes by the name"
 
 
 def inspect(path: str) -> Tuple[List[str], Optional[str]]:
-    """What a checkpoint folder or an adapter file holds, and whether it loads.
-
-    Returns:
-        Lines to show, and the reason why it does not load, or None.
+    """Lines that say what a checkpoint folder or an adapter file holds, and the reason why it does not load, or None.
 
     Raises:
         ValueError: there is no such file or folder.
-        OSError: reading fails.
     """
     if not (os.path.isfile(path) or os.path.isdir(path)):  # reading a device may never end
         raise ValueError(f"{path} is neither a file nor a folder on this machine")
@@ -66,7 +62,6 @@ def _lines(path: str) -> Iterator[str]:
         yield "note: no config.json beside it, so its settings are unknown and its shapes were not compared"
         return
     verdict = judge(checkpoint, ADAPTER if lone else INSPECT, local_tower(config))
-    yield from (f"problem, too: {problem}" for problem in verdict.problems[1:])
     yield from (f"note: {note}" for note in verdict.notes)
     verdict.check()
 

@@ -5,14 +5,14 @@ import inspect
 import logging
 import os
 from types import SimpleNamespace
-from typing import Any, Dict, List, Mapping, Optional
+from typing import Any, Dict, List, Optional
 
 from ..block.leaves import Resettable, materialize
 from ..checkpoints.files import Weight, read_config, read_weights
 from ..checkpoints.folder import FULL, MIXED, Checkpoint, check_index, folder_kind, name_problem
 from ..checkpoints.verdict import LOAD, judge
 from ..config import PROJECTOR_TYPE, MMFuserConfig
-from ..names import MARK, has_fuser, missing_fuser_keys
+from ..names import MARK, has_fuser
 from ..projector import MMFuserProjector
 from .model import report
 from .resuming import ADAPTER, NON_LORA
@@ -45,7 +45,8 @@ def load_pretrained_weights(original, *args, **kwargs):
             # tied ones and leaves them on the meta device.
             materialize(projector)
             settings = MMFuserConfig.from_llava(given["model"].config)
-            projector.missing = missing_fuser_keys(keys, projector)
+            there = {key.rpartition(MARK)[2] for key in keys}
+            projector.missing = sorted(n for n, _ in projector.fuser.named_parameters() if "fuser." + n not in there)
             report(projector, settings, given["pretrained_model_name_or_path"], projector.missing)
     return loaded
 
@@ -70,17 +71,14 @@ def _loaded_keys(given: Dict[str, Any]) -> List[str]:
     return [weight.name for path in _files(given) for weight in read_weights(*os.path.split(path))]
 
 
-def _is_fused(config: Mapping[str, Any]) -> bool:
-    """Whether a model of this config gets a fuser."""
-    return config.get("mm_projector_type") == PROJECTOR_TYPE
-
-
 def _check_weights(given: Dict[str, Any], keys: List[str]) -> None:
     """Before weights are read: they must fit, if the model or the weights have a fuser. Other models than LLaVA's may
     leave a projector out, as they do without a fuser."""
     model, path, state = given["model"], given["pretrained_model_name_or_path"], given["state_dict"]
     config = vars(model.config)
-    if not hasattr(model, "get_vision_tower") or not (_is_fused(config) or has_fuser(keys)):
+    if not hasattr(model, "get_vision_tower") or not (
+        config.get("mm_projector_type") == PROJECTOR_TYPE or has_fuser(keys)
+    ):
         return
     if state is None:
         weights = [weight for file in _files(given) for weight in read_weights(*os.path.split(file))]
@@ -111,15 +109,12 @@ def _check_checkpoint(model_path: str, model_base: Optional[str], model_name: st
         return None
 
     file = find("config.json")
-    config = read_config(os.path.dirname(file)) if file else None
-    if config is None:
-        return
-    is_lora, fused = "lora" in model_name.lower(), _is_fused(config)
+    config = (read_config(os.path.dirname(file)) if file else None) or {}
+    is_lora, fused = "lora" in model_name.lower(), config.get("mm_projector_type") == PROJECTOR_TYPE
     if fused:
         _check_place(model_path, model_base, model_name, config)
-    if model_base is None or "llava" not in model_name.lower():
-        return
-    adapter = find(NON_LORA if is_lora else ADAPTER)
+    used = bool(config) and model_base is not None and "llava" in model_name.lower()
+    adapter = find(NON_LORA if is_lora else ADAPTER) if used else None
     if adapter is None:
         return
     folder, file = os.path.split(adapter)
@@ -134,15 +129,13 @@ def _check_place(path: str, base: Optional[str], name: str, config: Dict[str, An
     """Of a checkpoint with fuser: that LLaVA will read it as what it is."""
     kind = folder_kind(path) if os.path.isdir(path) else None
     if kind is not None and kind != FULL and base is None:
-        raise ValueError(
-            f"{path} is {kind}, without model_base its fuser is not read; pass model_base, the model it was trained on"
-            + ("" if kind != MIXED else ", or move adapter_config.json away to load the full checkpoint beside it")
-        )
+        other = ", or move adapter_config.json away to load the full checkpoint beside it" if kind == MIXED else ""
+        advice = "pass model_base, the model it was trained on"
+        raise ValueError(f"{path} is {kind}, without model_base its fuser is not read; {advice}{other}")
     if kind == FULL and base is not None and not os.path.isfile(os.path.join(path, ADAPTER)):
         raise ValueError(f"{path} is {kind}, but model_base={base!r} was given; pass model_base=None")
     problem = name_problem(name, kind or FULL, config)
-    if problem is None:
-        return
-    if base is not None or "mpt" in name.lower():
+    if problem is not None and (base is not None or "mpt" in name.lower()):
         raise ValueError(f"{path}: {problem}, else its fuser is not read")
-    logger.warning("%s: %s, else LLaVA loads no vision tower and returns no image_processor", path, problem)
+    if problem is not None:
+        logger.warning("%s: %s, else LLaVA loads no vision tower and returns no image_processor", path, problem)

@@ -93,9 +93,7 @@ def read_model(
         weights, source = _stored(folders, _TOWER_MARK)
         if weights:
             _load(tower, {key: value for key, value in weights.items() if not key.endswith("position_ids")}, source)
-        notes.append(
-            f"vision tower: {len(weights)} tuned tensors from {source}" if weights else f"vision tower: {name}"
-        )
+        notes.append(f"vision tower: {f'{len(weights)} tuned tensors from {source}' if weights else name}")
     aspect_ratio = "pad" if bare else config.get("image_aspect_ratio")
     if aspect_ratio == "anyres":
         notes.append("image_aspect_ratio=anyres: the overview of the whole picture is shown, not its tiles")
@@ -122,16 +120,12 @@ def _folder(path: str, *patterns: str) -> str:
     try:
         return snapshot_download(path, allow_patterns=list(patterns))
     except (OSError, ValueError) as error:
-        raise ValueError(
-            f"{path} is neither a folder on this machine nor a model that can be downloaded: {error}"
-        ) from error
+        raise ValueError(f"{path} is no folder on this machine, and cannot be downloaded: {error}") from error
 
 
 def _stored(folders: Sequence[str], mark: str, prefix: str = "") -> Tuple[Dict[str, torch.Tensor], str]:
-    """Tensors of the first folder that has any whose name behind `mark` starts with `prefix`, and that folder.
-
-    Names are ours, without `mark` and `prefix`; of a whole model only its own files count, as in LLaVA's loading.
-    """
+    """Tensors, by our names behind `mark` and `prefix`, of the first folder that has any, and that folder. Of a whole
+    model only its own files count, as in LLaVA's loading."""
     for folder in (_folder(folder, "*.json", "*.safetensors", "*.bin") for folder in folders):
         checkpoint = read_checkpoint(folder)
         weights = [weight for file in checkpoint.shards or checkpoint.adapters for weight in checkpoint.weights[file]]

@@ -279,7 +279,7 @@ REFUSED = [
     ("theirs", ["convert"], dict(mm_vision_select_layer=[-22, -17, -12, -7, -2]), "layer -22 does not exist"),
     ("theirs", ["convert"], dict(mm_vision_select_layer=-2), "write the five layers"),
     ("theirs", ["convert"], dict(mm_projector_type="identity"), "'identity' is not allowed"),
-    ("ours", ["convert", "--to", "authors"], dict(mm_fuser_fusion="sum"), "mm_fuser_fusion='sum' .* 'mmfuser' only"),
+    ("ours", ["convert", "--to", "authors"], dict(mm_fuser_fusion="sum"), "mm_fuser_fusion=sum .* mmfuser only"),
     ("ours", ["convert", "--to", "authors"], dict(mm_fuser_num_points=2), "mm_fuser_num_points=2 .* 4 only"),
     ("ours", ["convert", "--to", "authors"], dict(mm_fuser_num_heads=8), "mm_fuser_num_heads=8 .*16 only"),
     ("ours", ["convert", "--to", "authors"], dict(mm_fuser_self_attention=False), "mm_fuser_self_attention=False"),

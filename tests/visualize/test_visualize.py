@@ -528,7 +528,7 @@ def test_command_runs_on_its_own_and_offline(models, picture, tmp_path):
     assert done.stdout.splitlines()[-1] == str(tmp_path / "out" / "wide.maps.png")
     done = host.run([*command, "--model-path", "someone/llava-of-no-one"], check=False)
     assert done.returncode == 1 and len(done.stdout.splitlines()) == 1
-    assert "neither a folder on this machine nor a model that can be downloaded" in done.stdout
+    assert "someone/llava-of-no-one is no folder on this machine, and cannot be downloaded" in done.stdout
 
 
 def test_a_bare_siglip_tower_is_shown(tmp_path):
