@@ -198,8 +198,8 @@ def _authors_code_can(of: Verdict) -> None:
     settings, file = of.settings, of.checkpoint.path("config.json")
     if of.purpose == CONVERT and not is_authors_config(of.checkpoint.config):
         raise ValueError(
-            f"mm_vision_select_layer in {file} is no list, but the weights are of the authors' fork; write the five layers "
-            f"that it was trained with, such as [{spell(AUTHORS_SETTINGS.layers)}]"
+            f"mm_vision_select_layer in {file} is no list, but the weights are of the authors' fork; write the five "
+            f"layers that it was trained with, such as [{spell(AUTHORS_SETTINGS.layers)}]"
         )
     if settings.layers.name or settings.num_layers != AUTHORS_SETTINGS.num_layers:
         found = f"{settings.layers.setting}={settings.layers} in {file}"
