@@ -62,8 +62,7 @@ def without_wrapper(state_dict: Dict[str, Any], prefix: str = "") -> None:
 
 
 def has_fuser(names: Iterable[str]) -> bool:
-    """Whether names of weights are of a projector with fuser, ours or the authors'; with or without ``mm_projector.``
-    and what stands before it."""
+    """Whether names of weights, whole or from behind ``mm_projector.``, are of a projector with fuser of any format."""
     return any(name.rpartition(MARK)[2].startswith(("fuser.", "0.gamma1")) for name in names)
 
 

@@ -14,12 +14,8 @@ from .verdict import other_setting, settings_of
 
 
 def read_adapter(path: str) -> Dict[str, torch.Tensor]:
-    """The projector's tensors in ``mm_projector.bin`` or ``non_lora_trainables.bin``, on the CPU, by their names behind
-    ``mm_projector.``; the authors' names are left as they are.
-
-    Raises:
-        ValueError: see `read_tensors`; or the file has no weights of a projector.
-    """
+    """The projector's tensors in a file such as ``mm_projector.bin`` by their names, ours or the authors', behind
+    ``mm_projector.``; raises ValueError if there are none, and as `read_tensors`."""
     state_dict = read_tensors(path)
     projector = {name.split(MARK, 1)[1]: value for name, value in state_dict.items() if MARK in name}
     without_wrapper(projector)

@@ -31,8 +31,7 @@ def convert(source: str, out: str, to_authors: bool = False, link: bool = False)
     """Write a checkpoint, adapter or LoRA folder of the authors' fork in our format, or the other way round.
 
     Args:
-        source: folder to read.
-        out: folder to make.
+        source, out: folder to read, and folder to make.
         to_authors: from our format to theirs.
         link: hard-link weight files that stay as they are; they are copied where that is impossible.
 
@@ -126,10 +125,9 @@ def upgrade_settings(
 ) -> Tuple[MMFuserConfig, Any]:
     """The settings with resolved layers, and the tower's config, which is read by its name if it is None."""
     inner = config.get("mm_projector_type", "linear")
-    if given.setdefault("projector", inner) != inner:
-        raise ValueError(
-            f"mm_fuser_projector={given['projector']!r}, but the checkpoint's projector is {inner!r}; drop the flag"
-        )
+    wanted = given.setdefault("projector", inner)
+    if wanted != inner:
+        raise ValueError(f"mm_fuser_projector={wanted!r}, but the checkpoint's projector is {inner!r}; drop the flag")
     check_features(config)
     query = Layers.parse(config.get("mm_vision_select_layer"), "config.json: mm_vision_select_layer")
     given["layers"] = Layers.parse_listed(given["layers"], query) if "layers" in given else query
@@ -151,10 +149,9 @@ def upgrade_settings(
     check_tower(config, tower)
     own = query[-1] % (tower.num_hidden_layers + 1)
     if settings.layers[-1] != own:
-        raise ValueError(
-            f"mm_fuser_layers={settings.layers} ends at layer {settings.layers[-1]}, but the "
-            f"projector was trained on layer {own} (mm_vision_select_layer={query}); end the list with {own}"
-        )
+        found = f"mm_fuser_layers={settings.layers} ends at layer {settings.layers[-1]}"
+        before = f"the projector was trained on layer {own} (mm_vision_select_layer={query})"
+        raise ValueError(f"{found}, but {before}; end the list with {own}")
     return settings, tower
 
 

@@ -53,14 +53,12 @@ def read_header(path: str) -> Tuple[Dict[str, Any], int]:
                 raise ValueError(f"its header would take {length} bytes")
             header = json.loads(stream.read(length).decode("utf-8"))
             end = 8 + length + _data_length(header)
+            if end != size:
+                raise ValueError(f"its header says {end} bytes: it is truncated or damaged")
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise ValueError(
                 f"{path} ({size} bytes) is not a complete safetensors file: {error}; download or copy it again"
             ) from error
-    if end != size:
-        raise ValueError(
-            f"{path} has {size} bytes, but its header says {end}: it is truncated or damaged; download or copy it again"
-        )
     return header, 8 + length
 
 

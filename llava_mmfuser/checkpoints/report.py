@@ -56,9 +56,9 @@ def _lines(path: str) -> Iterator[str]:
         raise ValueError(f"{file} is a part of a checkpoint, not an adapter; inspect its folder: {folder}")
     if lone and any(map(is_published, checkpoint.projectors().values())):
         yield "note: the authors' names; --pretrain_mm_mlp_adapter translates them"
+    if config is None and not checkpoint.projectors():
+        raise ValueError(f"{file} has no weights of a projector (no name with {MARK!r})")
     if config is None:
-        if not checkpoint.projectors():
-            raise ValueError(f"{file} has no weights of a projector (no name with {MARK!r})")
         yield "note: no config.json beside it, so its settings are unknown and its shapes were not compared"
         return
     verdict = judge(checkpoint, ADAPTER if lone else INSPECT, local_tower(config))

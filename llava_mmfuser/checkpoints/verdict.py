@@ -35,8 +35,7 @@ EVERY = (INSPECT, ADAPTER, LOAD, DRAW, *WRITING)
 FORMATS: Dict[str, Tuple[Format, ...]] = {  # that serve a purpose
     **dict.fromkeys((INSPECT, LOAD), (Format.OURS, Format.LLAVA)),
     **dict.fromkeys((ADAPTER, DRAW), (Format.OURS, Format.LLAVA, Format.AUTHORS)),
-    **dict.fromkeys((TO_AUTHORS, EXPORT), (Format.OURS,)),
-    **{CONVERT: (Format.AUTHORS,), UPGRADE: (Format.LLAVA,)},
+    **{TO_AUTHORS: (Format.OURS,), EXPORT: (Format.OURS,), CONVERT: (Format.AUTHORS,), UPGRADE: (Format.LLAVA,)},
 }
 AUTHORS_SETTINGS = MMFuserConfig(layers=Layers((-22, -17, -12, -7, -2)))  # their code fixes all but these numbers
 
@@ -178,20 +177,14 @@ def _format_serves(of: Verdict) -> None:
         check_format(of.checkpoint, FORMATS[of.purpose][0], of.purpose)
 
 
-def _folder_is_one_thing(of: Verdict) -> None:
+def _transformers_reads_it(of: Verdict) -> None:
     if folder_kind(of.checkpoint.folder) == MIXED:
-        raise ValueError(
-            "it holds a full checkpoint and an adapter_config.json, of which transformers takes the latter, and leaves "
-            "out the projector; move one of them away"
-        )
-
-
-def _transformers_reads_the_files(of: Verdict) -> None:
-    for file in of.checkpoint.shards:
-        if file.endswith(".safetensors"):
-            metadata = read_header(of.checkpoint.path(file))[0].get("__metadata__") or {}
-            if metadata.get("format") not in ("pt", "tf", "flax"):
-                raise ValueError(f"{file} has no 'format' in its metadata, which transformers asks for; save it again")
+        found = "it holds a full checkpoint and an adapter_config.json, of which transformers takes the latter"
+        raise ValueError(f"{found}, and leaves out the projector; move one of them away")
+    for file in (file for file in of.checkpoint.shards if file.endswith(".safetensors")):
+        metadata = read_header(of.checkpoint.path(file))[0].get("__metadata__") or {}
+        if metadata.get("format") not in ("pt", "tf", "flax"):
+            raise ValueError(f"{file} has no 'format' in its metadata, which transformers asks for; save it again")
 
 
 def _authors_code_can(of: Verdict) -> None:
@@ -285,8 +278,7 @@ def _name_is_right(of: Verdict) -> None:
 QUESTIONS: Tuple[Tuple[Callable[[Verdict], Any], Tuple[str, ...], Tuple[str, ...]], ...] = (
     (_format_serves, EVERY, ()),
     (lambda of: of.settings, EVERY, ()),  # they are allowed
-    (_folder_is_one_thing, (INSPECT,), ()),
-    (_transformers_reads_the_files, (INSPECT,), ()),
+    (_transformers_reads_it, (INSPECT,), ()),
     (_authors_code_can, (CONVERT, TO_AUTHORS), ()),
     (_features_can_be_read, (INSPECT, ADAPTER, EXPORT, DRAW), ()),
     (_tower_is_named, (INSPECT, LOAD, EXPORT), ()),

@@ -34,9 +34,8 @@ def unchanged(source: str, name: str, link: bool) -> Step:
 def renamed(source: str, rename: Callable[[str], str], extra: Optional[Dict[str, torch.Tensor]] = None) -> Step:
     """The weight file `source` with its tensors renamed and, in a ``.bin``, others added."""
     name, extra = os.path.basename(source), extra or {}
-    write = partial(_write_renamed, source, rename)
-    if not name.endswith(".safetensors"):
-        write = partial(_write_bin, source, rename, extra)
+    safe = name.endswith(".safetensors")
+    write = partial(_write_renamed, source, rename) if safe else partial(_write_bin, source, rename, extra)
     return Step(name, os.path.getsize(source) + sum(value.nbytes for value in extra.values()), write)
 
 

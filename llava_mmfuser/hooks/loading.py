@@ -76,9 +76,8 @@ def _check_weights(given: Dict[str, Any], keys: List[str]) -> None:
     leave a projector out, as they do without a fuser."""
     model, path, state = given["model"], given["pretrained_model_name_or_path"], given["state_dict"]
     config = vars(model.config)
-    if not hasattr(model, "get_vision_tower") or not (
-        config.get("mm_projector_type") == PROJECTOR_TYPE or has_fuser(keys)
-    ):
+    fused = config.get("mm_projector_type") == PROJECTOR_TYPE or has_fuser(keys)
+    if not fused or not hasattr(model, "get_vision_tower"):
         return
     if state is None:
         weights = [weight for file in _files(given) for weight in read_weights(*os.path.split(file))]

@@ -46,9 +46,6 @@ def read_model(
         vision_tower: the tower, if not ``mm_vision_tower`` of config.json.
         layers: for a model without a fuser, see `Layers.parse`; None takes ``mm_vision_select_layer``, else -2.
         device: of the computation, which is in float32; None takes cuda where there is one, else cpu.
-
-    Raises:
-        ValueError: something cannot be found or read, is not supported, or does not belong together.
     """
     place = _device(device)
     config = read_config(_folder(path, "config.json"))
@@ -64,12 +61,11 @@ def read_model(
     if known is None:
         raise ValueError("config.json has no mm_vision_tower; give --vision-tower PATH")
     if not is_fused(config):
-        query = config.get("mm_vision_select_layer", -2)
-        given = (query,) if layers is None else (layers, "--layers")
-        named = layers in LAYER_SETS
-        settings = MMFuserConfig(
-            layers=Layers.parse_listed(layers, query, "--layers") if named else Layers.parse(*given)
-        )
+        query = Layers.parse(config.get("mm_vision_select_layer", -2))
+        if layers is not None:
+            named = layers in LAYER_SETS
+            query = Layers.parse_listed(layers, query, "--layers") if named else Layers.parse(layers, "--layers")
+        settings = MMFuserConfig(layers=query)
     elif layers is not None:
         raise ValueError(f"--layers={layers}, but {path} has a fuser, which knows its layers; drop the flag")
     settings = settings.resolve(known)
