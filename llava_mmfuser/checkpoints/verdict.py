@@ -189,11 +189,10 @@ def _transformers_reads_it(of: Verdict) -> None:
 
 def _authors_code_can(of: Verdict) -> None:
     settings, file = of.settings, of.checkpoint.path("config.json")
+    query, listed = of.checkpoint.config.get("mm_vision_select_layer"), spell(AUTHORS_SETTINGS.layers)
     if of.purpose == CONVERT and not is_authors_config(of.checkpoint.config):
-        raise ValueError(
-            f"mm_vision_select_layer in {file} is no list, but the weights are of the authors' fork; write the five "
-            f"layers that it was trained with, such as [{spell(AUTHORS_SETTINGS.layers)}]"
-        )
+        advice = f"write the five layers that it was trained with there, such as [{listed}]"
+        raise ValueError(f"mm_vision_select_layer={query!r} in {file}, but the weights are the authors'; {advice}")
     if settings.layers.name or settings.num_layers != AUTHORS_SETTINGS.num_layers:
         found = f"{settings.layers.setting}={settings.layers} in {file}"
         raise ValueError(f"{found}, but the authors' code fuses exactly five listed layers")
