@@ -9,7 +9,7 @@ from torch import nn
 from transformers import CLIPVisionConfig, CLIPVisionModel, SiglipVisionConfig, SiglipVisionModel
 
 from llava_mmfuser import MMFuserConfig, MMFuserProjector
-from llava_mmfuser.checkpoints.fit import check_tower
+from llava_mmfuser.checkpoints.verdict import check_tower
 from llava_mmfuser.hidden_states import capture_layers, return_layers
 from llava_mmfuser.layers import Layers
 from llava_mmfuser.towers import (

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from ..checkpoints.fit import check_tower
+from ..checkpoints.verdict import check_tower
 from ..config import MMFuserConfig, asks_for_fuser
 from ..hidden_states import return_layers
 from ..towers import check_features, check_name, tower_config

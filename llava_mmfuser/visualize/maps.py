@@ -7,7 +7,7 @@ import torch
 from PIL import Image
 
 from ..hidden_states import capture_layers
-from .model import Model
+from .reading import Model
 
 Box = Tuple[float, float, float, float]
 
