@@ -6,9 +6,10 @@ Where things live, from LLaVA inwards:
 
 * ``activation`` (import hook), ``llava_patch`` (the table of what is replaced), ``patching`` (how), ``installation``
   (`status`), ``hooks`` (what stands in LLaVA's place)
-* ``towers`` (several layers of a ViT), ``projector`` (the block in front of LLaVA's own), ``block`` (torch only)
+* ``towers`` (kinds of them), ``hidden_states`` (several in one pass), ``projector`` (the block before LLaVA's own),
+  ``block`` (torch only)
 * ``config`` (every setting), ``layers`` (which of the tower's), ``names`` (of weights)
-* ``__main__`` (the command line), ``checkpoints`` (inspect, convert, upgrade), ``visualize``
+* ``__main__`` (the command line), ``checkpoints`` (inspect, convert, upgrade), ``export``, ``visualize``
 """
 
 __version__ = "0.1.0"

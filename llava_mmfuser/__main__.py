@@ -317,7 +317,8 @@ def _run(options: argparse.Namespace) -> int:
 
 
 def _status(options: argparse.Namespace) -> int:
-    from .installation import EXPORTED, status
+    from .installation import status
+    from .patching import EXPORTED
 
     found = status()
     parts = {purpose: "yes" if reason is None else f"no, {reason}" for purpose, reason in found["parts"].items()}
@@ -330,7 +331,9 @@ def _status(options: argparse.Namespace) -> int:
         "versions:",
     ]
     lines += [f"  {name}: {version or 'not installed'}" for name, version in found["versions"].items()]
-    lines += ["patch targets:"] + [f"  {state:8}{target}  ({detail})" for target, state, detail in found["targets"]]
+    lines.append("patch targets:")
+    for target, state, detail in found["targets"]:
+        lines += [f"  {state:8}{target}  ({detail})", f"          {found['reasons'][target]}"]
     lines += ["sampling:"] + [f"  {device}: {name}" for device, name in found["implementations"].items()]
     for line in lines:
         _say(line)

@@ -8,13 +8,14 @@ import importlib
 import os
 import sys
 
-# module -> the module here whose rows are applied after its import
-TRIGGERS = {
-    "llava.model.llava_arch": "llava_patch",
-    "llava.model.builder": "llava_patch",
-    "llava.train.llava_trainer": "llava_patch",
-    "transformers.models.llava.modeling_llava": "transformers_patch",
-}
+TABLE = "llava_mmfuser.llava_patch"
+# Modules after whose import their rows in the table are applied.
+TRIGGERS = (
+    "llava.model.llava_arch",
+    "llava.model.builder",
+    "llava.train.llava_trainer",
+    "transformers.models.llava.modeling_llava",
+)
 # Modules that a trigger has imported by then; read anew (importlib.reload), they are patched with their trigger.
 SOURCES = {
     "llava.model.multimodal_encoder.clip_encoder": "llava.model.llava_arch",
@@ -69,13 +70,13 @@ def _patch_after_exec(loader):
 
 
 def _revert(trigger):
-    revert = getattr(sys.modules.get("llava_mmfuser." + TRIGGERS[trigger]), "revert", None)
+    revert = getattr(sys.modules.get(TABLE), "revert", None)
     return revert is not None and revert(trigger)
 
 
 def _apply(trigger):
     try:
-        importlib.import_module("llava_mmfuser." + TRIGGERS[trigger]).apply(trigger)
+        importlib.import_module(TABLE).apply(trigger)
     except Exception as error:  # LLaVA's `except: pass` would turn this into a misleading ImportError
         if sys.stderr is not None:
             sys.stderr.write("llava_mmfuser: LLaVA is left unpatched: %s: %s\n" % (type(error).__name__, error))

@@ -175,6 +175,11 @@ class MMFuserConfig:
         return flat
 
 
+def asks_for_fuser(*args: Any, **kwargs: Any) -> bool:
+    """Whether an argument of a call, such as a config or `ModelArguments`, has ``mm_projector_type=mmfuser``."""
+    return any(getattr(value, "mm_projector_type", None) == PROJECTOR_TYPE for value in (*args, *kwargs.values()))
+
+
 def read_setting(source: Any, name: str) -> Any:
     """A setting of a LLaVA config, a config.json (dict) or `ModelArguments`; None where it is absent."""
     return source.get(name) if isinstance(source, dict) else getattr(source, name, None)

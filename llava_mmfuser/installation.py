@@ -7,12 +7,11 @@ import sys
 import textwrap
 import types
 from importlib import util
-from typing import Any, Dict, List, Optional, Tuple
+from typing import Any, Dict, Optional, Tuple
 
-from .patching import HOOK_OFF, applied, check_row, folder_of
+from .patching import applied, folder_of
 
 _BROKEN = (Exception, SystemExit)  # what a module may raise while it is imported
-EXPORTED = "exported folders"  # what transformers' own LLaVA is patched for
 _DISTRIBUTIONS = ("llava_mmfuser", "llava", "llava-torch", "torch", "transformers", "deepspeed", "flash-attn", "triton")
 
 
@@ -22,7 +21,8 @@ def status() -> Dict[str, Any]:
     Returns:
         ``active`` (bool: all that this LLaVA has is patched), ``reason`` (why not, or None), ``parts`` (purpose to why
         it is not patched, or None), ``llava`` (its folder, or None), ``versions`` (package to version or None),
-        ``targets`` (list of target, state, detail), ``implementations`` (device to name).
+        ``targets`` (list of target, state, detail), ``reasons`` (target to why it is there, and until when),
+        ``implementations`` (device to name).
     """
     found: Dict[str, Any] = {
         "active": False,
@@ -31,6 +31,7 @@ def status() -> Dict[str, Any]:
         "llava": None,
         "versions": {name: _version_of(name) for name in _DISTRIBUTIONS},
         "targets": [],
+        "reasons": {},
         "implementations": {},
     }
     with contextlib.redirect_stdout(sys.stderr):
@@ -43,20 +44,19 @@ def status() -> Dict[str, Any]:
         for module, rows in llava_patch.PATCHES.items():
             reason, absent = _import(module)
             if reason is None:
-                reason = llava_patch.why_unpatched(module)
+                reason = _too_old(module) or llava_patch.why_unpatched(module)
             found["parts"][llava_patch.PURPOSES[module]] = reason
-            if not absent or module == llava_patch.ESSENTIAL:
+            if module != llava_patch.NATIVE and (not absent or module == llava_patch.ESSENTIAL):
                 found["reason"] = found["reason"] or reason
             for row in rows:
                 host, target = module.split(".")[0], row.target.split(":")[0]
                 # Not tried once more: a second import fails for other reasons than the first.
                 skip = reason is not None and target.split(".")[0] == host and target not in sys.modules
-                state, detail = ("missing", str(reason)) if skip else llava_patch.state_of(row)
-                if skip and row.host is not None:
+                state, detail = ("missing", str(reason)) if skip else llava_patch.state_of(module, row)
+                if (skip and row.host is not None) or (module == llava_patch.NATIVE and _too_old(module)):
                     state = "absent"
                 found["targets"].append((row.target, state, detail))
-        found["parts"][EXPORTED], targets = _second_host()
-        found["targets"] += targets
+                found["reasons"][row.target] = f"{row.reason}; until {row.until}"
         found["active"] = found["reason"] is None
         found["llava"] = folder_of(llava_patch.ESSENTIAL)
         for device in ("cpu", "cuda"):
@@ -67,20 +67,16 @@ def status() -> Dict[str, Any]:
     return found
 
 
-def _second_host() -> Tuple[Optional[str], List[Tuple[str, str, str]]]:
-    """Why transformers' own LLaVA is not patched, or None; and its targets."""
-    from . import transformers_patch
+def _too_old(module: str) -> Optional[str]:
+    """Why transformers' own LLaVA cannot have a fuser in this version, or None."""
+    from . import llava_patch
 
-    try:
-        importlib.import_module(transformers_patch.HOST)
-    except _BROKEN as error:
-        return explain(error), []
-    reason = applied.get(transformers_patch.HOST, HOOK_OFF)
     version = str(_version_of("transformers"))
-    if reason not in (None, HOOK_OFF) and [int(number) for number in re.findall(r"\d+", version)[:2]] < [4, 57]:
-        reason = f"they need transformers 4.57 or newer, and this is {version}"
-        return reason, [(row.target, "absent", "transformers 4.57 has it") for row in transformers_patch.PATCHES]
-    return reason, [(row.target, *check_row(row)) for row in transformers_patch.PATCHES]
+    if module != llava_patch.NATIVE or applied.get(module) is None:
+        return None
+    if [int(number) for number in re.findall(r"\d+", version)[:2]] >= [4, 57]:
+        return None
+    return f"they need transformers 4.57 or newer, and this is {version}"
 
 
 def explain(error: BaseException) -> str:

@@ -2,7 +2,7 @@
 
 import enum
 import re
-from typing import Any, Dict, Iterable, List, Mapping, Optional, Tuple
+from typing import Any, Dict, Iterable, Mapping, Optional, Tuple
 
 import torch
 
@@ -16,13 +16,10 @@ Shapes = Dict[str, Tuple[int, ...]]
 
 
 def from_published(name: str, linear: bool = False) -> str:
-    """Our name of a weight in the authors' projector, both without what stands before and including ``mm_projector.``.
+    """Our name of a weight in the authors' projector, both as they are behind ``mm_projector.``.
 
-    Theirs is ``Sequential(fuser, Linear, GELU, Linear, …)``; ours keeps the MLP at LLaVA's own 0, 2, ….
-
-    Args:
-        name: such as ``0.gamma1`` or ``3.bias``.
-        linear: the inner projector is a single Linear, whose names have no number.
+    Theirs is ``Sequential(fuser, Linear, GELU, Linear, …)``; ours keeps the MLP at LLaVA's own 0, 2, …, and a `linear`
+    projector, which is a single Linear, without a number.
     """
     first, _, rest = name.partition(".")
     if first == "0":
@@ -46,10 +43,7 @@ def is_published(names: Iterable[str]) -> bool:
 def rename_published(state_dict: Dict[str, Any], prefix: str = "", linear: bool = False) -> None:
     """Give the tensors of an authors' adapter our names, in place; leave every other state dict alone.
 
-    Args:
-        state_dict: names to tensors.
-        prefix: what stands before the names of the projector, such as ``model.mm_projector.``.
-        linear: see `from_published`.
+    Their names begin with `prefix`, such as ``model.mm_projector.``. For `linear` see `from_published`.
     """
     if is_published(key[len(prefix) :] for key in state_dict if key.startswith(prefix)):
         for key in [key for key in state_dict if re.match(r"\d+\.", key[len(prefix) :]) and key.startswith(prefix)]:
@@ -59,9 +53,7 @@ def rename_published(state_dict: Dict[str, Any], prefix: str = "", linear: bool 
 def without_wrapper(state_dict: Dict[str, Any], prefix: str = "") -> None:
     """Give a projector's tensors that were saved from within PEFT's ``modules_to_save`` their own names, in place.
 
-    Args:
-        state_dict: names to tensors; of the frozen original and its trained copy the copy is kept.
-        prefix: see `rename_published`.
+    Of the frozen original and its trained copy the copy is kept. For `prefix` see `rename_published`.
     """
     for key in sorted(key for key in state_dict if key.startswith(prefix)):
         wrapped = re.fullmatch(r"(modules_to_save\.[^.]+|original_module)\.(.+)", key[len(prefix) :])
@@ -70,36 +62,13 @@ def without_wrapper(state_dict: Dict[str, Any], prefix: str = "") -> None:
 
 
 def has_fuser(names: Iterable[str]) -> bool:
-    """Whether names of weights, of a whole model or an adapter, are of a projector with fuser, ours or the authors'."""
-    return any(MARK + mark in name for name in names for mark in ("fuser.", "0.gamma1"))
-
-
-def missing_fuser_keys(loaded_keys: Iterable[str], projector: Any) -> List[str]:
-    """Names of the fuser's parameters that a checkpoint of a whole model lacks, sorted.
-
-    Args:
-        loaded_keys: names of the tensors in the checkpoint.
-        projector: the `MMFuserProjector` that was loaded.
-    """
-    prefix = MARK + "fuser."
-    there = {key.split(prefix)[1] for key in loaded_keys if prefix in key}
-    return sorted(name for name, _ in projector.fuser.named_parameters() if name not in there)
-
-
-def inner_projector(names: Iterable[str]) -> Optional[str]:
-    """The ``mm_projector_type`` of the layers behind a fuser by the names of their weights; None if there are none."""
-    layers = [name for name in names if re.fullmatch(r"(\d+\.)?weight", name)]
-    return None if not layers else "linear" if layers == ["weight"] else f"mlp{len(layers)}x_gelu"
+    """Whether names of weights, whole or from behind ``mm_projector.``, are of a projector with fuser of any format."""
+    return any(name.rpartition(MARK)[2].startswith(("fuser.", "0.gamma1")) for name in names)
 
 
 def expected_shapes(settings: MMFuserConfig, mm_hidden_size: int, hidden_size: int) -> Shapes:
-    """Names, without ``mm_projector.``, and shapes of all weights of a projector with fuser.
-
-    Args:
-        settings: of the fuser.
-        mm_hidden_size: width of the vision tower.
-        hidden_size: width of the language model.
-    """
+    """Names behind ``mm_projector.`` and shapes of all weights of a projector with fuser, from the vision tower's width
+    and the language model's."""
     with torch.device("meta"):
         fuser = settings.build(mm_hidden_size, hidden_size)
     of_fuser = {"fuser." + name: tuple(parameter.shape) for name, parameter in fuser.named_parameters()}
@@ -123,7 +92,7 @@ def describe(names: Iterable[str]) -> str:
     projector = projector or names
     if is_published(projector):
         return "an adapter of the authors' MMFuser fork"
-    if any(name.startswith("fuser.") for name in projector):
+    if has_fuser(projector):
         return "an adapter of llava_mmfuser"
     if projector and set(projector) <= {"weight", "bias"}:
         return "an adapter of LLaVA with a linear projector"
@@ -134,7 +103,7 @@ def describe(names: Iterable[str]) -> str:
 
 def compare(found: Shapes, expected: Shapes) -> Optional[str]:
     """`differences`, but without any fuser weight, only the inner projector counts."""
-    if not any(name.startswith("fuser.") for name in found):
+    if not has_fuser(found):
         expected = {name: shape for name, shape in expected.items() if not name.startswith("fuser.")}
     return differences(found, expected)
 
@@ -167,10 +136,10 @@ def format_of(config: Mapping[str, Any], projectors: Iterable[Iterable[str]]) ->
     """Which format a config.json and the names of the weights of its projectors, if it has any, are."""
     if is_native(config):
         return Format.NATIVE
-    if config.get("mm_projector_type") == PROJECTOR_TYPE:
-        return Format.OURS
-    if is_authors_config(config) or any(map(is_published, projectors)):
+    if any(map(is_published, projectors)) or is_authors_config(config):
         return Format.AUTHORS
+    if is_fused(config):
+        return Format.OURS
     return Format.LLAVA if {"mm_vision_tower", "mm_projector_type"} & set(config) else Format.OTHER
 
 

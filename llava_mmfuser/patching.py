@@ -1,4 +1,8 @@
-"""How symbols of another package are checked, replaced and put back. What is replaced: `llava_patch`."""
+"""How symbols of another package are checked, replaced and put back. What is replaced: `llava_patch`.
+
+A body runs only where its row's `when` says so. Everywhere else the original is called with the arguments as they came,
+so that "absent unless asked for" is a property of `replace`, whatever a host adds to its signatures.
+"""
 
 import functools
 import importlib
@@ -17,9 +21,11 @@ class Patch(NamedTuple):
     parameters: str  # that the target must begin with, separated by blanks; of several versions by |
     reason: str
     until: str  # what upstream would have to have for the row to go
-    host: Optional[str] = None  # the LLaVA that has it, where others have not even its module
+    when: Optional[Callable[..., bool]] = None  # of the call's arguments: whether the body runs; None is always
+    host: Optional[str] = None  # the LLaVA that has it; another one is patched without the rows of this host
 
 
+EXPORTED = "exported folders"  # what transformers' own LLaVA is patched for
 HOOK_OFF = "the hook is off; call llava_mmfuser.activate()"
 # Module of a host -> None, or why its rows were not applied; kept by `apply` of the table that has them.
 applied: Dict[str, Optional[str]] = {}
@@ -29,8 +35,10 @@ _places: Dict[str, List[Tuple[Any, str]]] = {}
 
 
 def check_row(row: Patch) -> Tuple[str, str]:
-    """State of a row's target, ``ok``, ``absent`` (of another LLaVA), ``missing`` or ``changed``, and what was expected
-    and found. Imports it."""
+    """State of a row's target, and what was expected and found. Imports it.
+
+    The state is ``ok``, ``absent`` (another LLaVA has it), ``missing`` or ``changed``.
+    """
     try:
         owner, name = _owner(row.target)
         found = _originals.get(row.target) or inspect.getattr_static(owner, name)
@@ -74,8 +82,10 @@ def stand_in(original: Callable, call: Callable) -> Callable:
     return function
 
 
-def replace(target: str, replacement: Callable) -> None:
-    """Make `target` call ``replacement(original, …)``, original bound to the class where it is a class method.
+def replace(target: str, replacement: Callable, when: Optional[Callable[..., bool]] = None) -> None:
+    """Make `target` call ``replacement(original, …)`` where ``when(…)`` is true, else the original.
+
+    The original is bound to the class where it is a class method.
 
     A function that the target's module has imported is replaced in its own module, too, where pickling looks for it,
     and stays one object under all its names.
@@ -89,9 +99,9 @@ def replace(target: str, replacement: Callable) -> None:
             stand_in(call, lambda cls, *args, **kwargs: replacement(functools.partial(call, cls), *args, **kwargs))
         )
     elif isinstance(original, staticmethod):
-        function = staticmethod(_stand_in(original.__func__, replacement))
+        function = staticmethod(_stand_in(original.__func__, replacement, when))
     else:
-        function = _stand_in(original, replacement)
+        function = _stand_in(original, replacement, when)
         home = sys.modules.get(getattr(original, "__module__", ""))
         if inspect.ismodule(owner) and getattr(home, function.__name__, None) is original:
             places.append((home, function.__name__))
@@ -101,8 +111,13 @@ def replace(target: str, replacement: Callable) -> None:
 
 
 @functools.lru_cache(maxsize=None)
-def _stand_in(original: Callable, replacement: Callable) -> Callable:
-    return stand_in(original, functools.partial(replacement, original))
+def _stand_in(original: Callable, replacement: Callable, when: Optional[Callable[..., bool]]) -> Callable:
+    def call(*args, **kwargs):
+        if when is None or when(*args, **kwargs):
+            return replacement(original, *args, **kwargs)
+        return original(*args, **kwargs)
+
+    return stand_in(original, call)
 
 
 def restore(targets: Optional[Iterable[str]] = None) -> None:

@@ -7,64 +7,36 @@ import subprocess
 import sys
 import textwrap
 import time
+from functools import partial
 from pathlib import Path
-from typing import Dict, List
+from typing import Callable, Dict, List
 
 from housekeeping import exit_on_signals, padded
-from toy import asking, recipe
+from toy import arm, asking, recipe
 from toy.pictures import CHANCE, QUESTIONS
 from toy.probe import probe
 from toy.world import SIZES, make_world
 
-VARIANTS: Dict[str, Dict[str, object]] = {  # name -> flags
-    "mlp2x_gelu": {"mm_projector_type": "mlp2x_gelu"},
-    "mlp2x_gelu, layer 4": {"mm_projector_type": "mlp2x_gelu", "mm_vision_select_layer": 4},
-    "mmfuser": {"mm_projector_type": "mmfuser", **recipe.FUSER},
+VARIANTS = {  # name -> flags
+    "mlp2x_gelu": "--mm_projector_type mlp2x_gelu",
+    "mlp2x_gelu, layer 4": "--mm_projector_type mlp2x_gelu --mm_vision_select_layer 4",
+    "mmfuser": "--mm_projector_type mmfuser --mm_fuser_num_heads 4 --mm_fuser_num_points 2 --mm_fuser_lr 1e-2",
 }
 SHUT = "mmfuser, gates at 0"
 COLOURS = {"mlp2x_gelu": "tab:blue", "mlp2x_gelu, layer 4": "tab:cyan", "mmfuser": "tab:orange", SHUT: "0.6"}
 
 
-class Progress:
-    """Step headers with the seconds since demo.sh started."""
-
-    def __init__(self, elapsed: float):
-        self.start = time.monotonic() - elapsed
-
-    def __call__(self, text: str) -> None:
-        print(f"\n== [{time.monotonic() - self.start:3.0f}s] {text}", flush=True)
-
-
-def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--output", type=Path, default=Path(".demo"))
-    for name, (default, text) in {**SIZES, **recipe.STEPS}.items():
-        parser.add_argument("--" + name.replace("_", "-"), type=int, default=default, help=text)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--elapsed", type=float, default=0.0, help=argparse.SUPPRESS)
-    return parser.parse_args()
-
-
-def compare(folder: Path, options: argparse.Namespace, progress: Progress) -> Dict[str, dict]:
+def compare(folder: Path, options: argparse.Namespace, say: Callable[..., None]) -> Dict[str, dict]:
     """Train and question every variant; its losses, answers and accuracies, and those with the gates at zero."""
     records = json.loads((folder / "data" / "heldout.json").read_text())
     results: Dict[str, dict] = {}
-    for variant, flags in VARIANTS.items():
-        result: Dict[str, object] = {"losses": {}, "seconds": 0.0}
-        adapter = None
-        for stage in recipe.STAGES:
-            progress(f"{variant}: {stage}, LLaVA's train.py")
-            output = folder / f"llava-{variant.replace(', ', '-').replace(' ', '')}-{stage}"
-            given = dict(flags, max_steps=getattr(options, f"{stage}_steps"), pretrain_mm_mlp_adapter=adapter)
-            arguments = recipe.train_arguments(folder, output, stage, **{**recipe.DEMO, **given})
-            result["seconds"] += recipe.train(arguments, options.seed, folder / f"{output.name}.log")[0]
-            result["losses"][stage] = recipe.curve(output, "loss")
-            adapter = output / "mm_projector.bin"
-        progress(f"{variant}: answering {len(QUESTIONS) * len(records)} questions about held-out pictures")
+    for variant, text in VARIANTS.items():
+        flags, output = text.split(), folder / variant.replace(", ", "-").replace(" ", "")
+        steps = [options.pretrain_steps, options.finetune_steps]
+        result = arm.train(folder, output, flags, steps, options.seed, say=partial(say, variant))
+        say(variant, f"answering {len(QUESTIONS) * len(records)} questions about held-out pictures")
         shut = variant == "mmfuser"
-        log = folder / f"{output.name}-answers.log"
-        found = recipe.in_child(asking.answer, output, folder / "data", records, "cpu", shut, log=log)
-        results[variant] = {**result, **found}
+        results[variant] = {**result, **arm.ask(folder, output, flags, "heldout", shut=shut)}
         if shut:
             results[SHUT] = {"answers": results[variant].pop("shut")}
     for result in results.values():
@@ -73,20 +45,14 @@ def compare(folder: Path, options: argparse.Namespace, progress: Progress) -> Di
 
 
 def probe_table(probes: List[Dict[str, float]]) -> str:
-    rows = [["hidden_states", *map(str, range(len(probes)))]]
-    for kind in probes[0]:
-        rows.append([kind, *(f"{100 * layer[kind]:.0f}" for layer in probes)])
-    return "\n".join(
-        [*padded(rows), "Percent right, of what a linear probe reads from one patch; LLaVA takes the last."]
-    )
+    rows = [[kind, *(f"{100 * layer[kind]:.0f}" for layer in probes)] for kind in probes[0]]
+    text = padded([["hidden_states", *map(str, range(len(probes)))], *rows])
+    return "\n".join([*text, "Percent right, of what a linear probe reads from one patch; LLaVA takes the last."])
 
 
 def result_table(results: Dict[str, dict]) -> str:
-    rows = [
-        ["right (%)", *QUESTIONS, "train seconds"],
-        ["guessing", *(f"{100 * CHANCE[k]:.1f}" for k in QUESTIONS), ""],
-    ]
-    for variant, result in results.items():
+    rows = [["right (%)", *QUESTIONS, "train seconds"]]
+    for variant, result in {"guessing": {"accuracy": CHANCE}, **results}.items():
         seconds = f"{result['seconds']:.0f}" if "seconds" in result else ""
         rows.append([variant, *(f"{100 * result['accuracy'][kind]:.1f}" for kind in QUESTIONS), seconds])
     return "\n".join(padded(rows))
@@ -105,18 +71,16 @@ def draw(folder: Path, results: Dict[str, dict], probes: List[Dict[str, float]],
     left, right = figure.add_gridspec(1, 2, left=0.06, right=0.98, bottom=0.68, top=0.95, wspace=0.15).subplots()
     for kind, style in zip(probes[0], ("-", ":", "--")):
         left.plot([100 * layer[kind] for layer in probes], style, marker="o", color="black", label=kind)
-    left.set(
-        title="What a linear probe reads from one patch", xlabel="hidden_states", ylabel="right (%)", ylim=(0, 100)
-    )
+    left.set(title="What a linear probe reads from one patch", xlabel="hidden_states", ylabel="right (%)")
+    left.set_ylim(0, 100)
     left.axvline(len(probes) - 1, color="0.8", zorder=0)
     left.annotate("LLaVA's map", (len(probes) - 1.05, 4), ha="right", color="0.5")
     left.legend()
     width = 0.8 / len(results)
     for index, (variant, result) in enumerate(results.items()):
         places = [place + (index - (len(results) - 1) / 2) * width for place in range(len(QUESTIONS))]
-        bars = right.bar(
-            places, [100 * result["accuracy"][kind] for kind in QUESTIONS], width, color=COLOURS[variant], label=variant
-        )
+        shares = [100 * result["accuracy"][kind] for kind in QUESTIONS]
+        bars = right.bar(places, shares, width, color=COLOURS[variant], label=variant)
         right.bar_label(bars, fmt="%.0f", fontsize=8)
     for place, kind in enumerate(QUESTIONS):
         look = dict(color="black", linestyle=":", label="guessing" if place == 0 else None)
@@ -135,8 +99,7 @@ def draw(folder: Path, results: Dict[str, dict], probes: List[Dict[str, float]],
             for variant, result in results.items():
                 given = result["answers"][kind][index]
                 colour = "tab:green" if given == str(record[kind]) else "tab:red"
-                name = variant.split(", ")[-1]
-                lines.append((f"{name}: {textwrap.shorten(given, 20)}", colour, "normal"))
+                lines.append((f"{variant.split(', ')[-1]}: {textwrap.shorten(given, 20)}", colour, "normal"))
             for text, colour, weight in lines:
                 axis.text(0, y, text, color=colour, weight=weight, fontsize=9, va="top", transform=axis.transAxes)
                 y -= 0.09
@@ -148,32 +111,42 @@ def show_maps(folder: Path, output: Path) -> None:
     """The feature maps of the first held-out picture, at its number, as a user would ask for them."""
     record = json.loads((folder / "data" / "heldout.json").read_text())[0]
     left, top, right, bottom = record["box"]
-    model, at = folder / "llava-mmfuser-finetune", f"{(left + right) // 2},{(top + bottom) // 2}"
+    model, at = folder / "mmfuser" / "llava-finetune", f"{(left + right) // 2},{(top + bottom) // 2}"
     arguments = ["--model-path", model, "--image", folder / "data" / record["image"], "--at", at, "--output", output]
     subprocess.run([sys.executable, "-m", "llava_mmfuser", "visualize", *map(str, arguments)], check=True)
 
 
 def main() -> None:
-    options = parse_arguments()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("--output", type=Path, default=Path(".demo"))
+    for name, (default, text) in {**SIZES, **recipe.STEPS}.items():
+        parser.add_argument("--" + name.replace("_", "-"), type=int, default=default, help=text)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--elapsed", type=float, default=0.0, help=argparse.SUPPRESS)
+    options = parser.parse_args()
     exit_on_signals()
-    progress = Progress(options.elapsed)
+    start = time.monotonic() - options.elapsed
+
+    def say(*parts: str) -> None:
+        print(f"\n== [{time.monotonic() - start:3.0f}s] {': '.join(parts)}", flush=True)
+
     folder = options.output.resolve() / "run"
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-    make_world(folder, {name: getattr(options, name) for name in SIZES}, options.seed, progress)
-    progress("Probing the tower: which map holds what")
+    make_world(folder, {name: getattr(options, name) for name in SIZES}, options.seed, say)
+    say("Probing the tower: which map holds what")
     probes = probe(folder)
     print(probe_table(probes))
-    results = compare(folder, options, progress)
-    progress("Result")
+    results = compare(folder, options, say)
+    say("Result")
     print(result_table(results))
     (folder / "results.json").write_text(json.dumps({"probes": probes, **results}, indent=1))
     picture = options.output.resolve() / "demo.png"
     draw(folder, results, probes, picture)
     print(f"Picture: {picture}")
-    progress("Feature maps of the first held-out picture")
+    say("Feature maps of the first held-out picture")
     show_maps(folder, options.output.resolve() / "maps")
-    progress("Done")
+    say("Done")
 
 
 if __name__ == "__main__":

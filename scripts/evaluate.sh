@@ -3,4 +3,4 @@
 #   bash scripts/evaluate.sh CKPT [SUITE or lmms-eval task …] [--against CKPT2] [--base BASE] [lmms-eval's flags …]
 # Run it with the Python that has LLaVA, the active one or PYTHON=…; nothing is installed there.
 set -euo pipefail
-exec "${PYTHON:-python}" "$(dirname "${BASH_SOURCE[0]}")/evaluation" "$@"
+exec "${PYTHON:-python}" "$(dirname "${BASH_SOURCE[0]}")/score.py" "$@"

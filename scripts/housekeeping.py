@@ -23,14 +23,10 @@ def write(file: Path, text: str) -> None:
 
 @contextlib.contextmanager
 def locked(folder: Path, holder: str) -> Iterator[int]:
-    """Hold `folder` for this process, and for every process that is given the file descriptor.
-
-    Args:
-        folder: an existing folder.
-        holder: who else may hold it, for the message.
+    """Hold an existing folder for this process, and for every process that is given the file descriptor.
 
     Raises:
-        ValueError: somebody else holds it.
+        ValueError: somebody else holds it; `holder` says who that may be.
     """
     with open(folder / "lock", "w") as file:
         try:
@@ -51,21 +47,21 @@ def free_port() -> int:
 
 @contextlib.contextmanager
 def uninterrupted() -> Iterator[None]:
-    """Within this context SIGINT, SIGTERM and SIGHUP wait; they act as it ends.
+    """Within this context SIGINT, SIGTERM and SIGHUP wait; they act as it ends. For the main thread only.
 
     For starting a process: an interrupt inside `subprocess.Popen` would leave one running that nobody knows. Unlike a
-    signal mask, handlers are not inherited by what is started. For the main thread only.
+    signal mask, handlers are not inherited by what is started.
     """
     received: List[int] = []
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
-    waiting = [number for number, handler in before.items() if handler != signal.SIG_IGN]
-    for number in waiting:
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    handlers = {number: handler for number, handler in handlers.items() if handler != signal.SIG_IGN}
+    for number in handlers:
         signal.signal(number, lambda number, _: received.append(number))
     try:
         yield
     finally:
-        for number in waiting:
-            signal.signal(number, before[number])
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
         for number in received:
             signal.raise_signal(number)
 

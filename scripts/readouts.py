@@ -2,7 +2,7 @@
 
     python scripts/readouts.py --wheels .test/wheels            (pip install onnx scikit-learn scikit-image matplotlib)
 
-Needs the package, but no LLaVA. Takes about 25 CPU minutes; what is there already is kept, so that the same command
+Needs the package, but no LLaVA. Takes about 15 CPU minutes; what is there already is kept, so that the same command
 goes on. Written before the runs, and committed before them:
 
 World. `toy.dinov2` at 112 pixels, 8 x 8 cells, hidden_states 3, 5, 7, 9 and 11, which LLaVA takes alone. `toy.scenes`:
@@ -21,7 +21,7 @@ Seeds 1, 2 and 3 draw the weights of MLP, fuser and reader, and the order of the
 
 Read. Primary: percent right of digits, letters and dots together, held-out, arm less "query alone", paired; an arm is
 awake if its interval lies above 0. Secondary: less channel_concat; each kind of question; scene (photograph and same),
-which should not fall. Intervals cover seeds and pictures (`ablation.study_report.interval`).
+which should not fall. Intervals cover seeds and pictures (`study_report.interval`).
 Expected: at 1e-3 the block as published wakes in part, and at 1e-2 it sleeps; gates at a rate of their own wake it
 further; columns at theirs and an open start reach channel_concat, and so does the best single layer.
 """
@@ -39,7 +39,7 @@ from typing import Any, Dict, List, NamedTuple, Sequence
 import numpy as np
 import torch
 import torch.nn.functional as F
-from ablation.study_report import interval
+from study_report import interval
 from torch import nn
 from toy import dinov2, scenes
 

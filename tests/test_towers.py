@@ -9,16 +9,15 @@ from torch import nn
 from transformers import CLIPVisionConfig, CLIPVisionModel, SiglipVisionConfig, SiglipVisionModel
 
 from llava_mmfuser import MMFuserConfig, MMFuserProjector
-from llava_mmfuser.checkpoints.fit import check_tower
+from llava_mmfuser.checkpoints.verdict import check_tower
+from llava_mmfuser.hidden_states import capture_layers, return_layers
 from llava_mmfuser.layers import Layers
 from llava_mmfuser.towers import (
     TOWERS,
     TowerConfig,
-    capture_layers,
     check_features,
     check_tower_is_there,
     kind_of,
-    return_layers,
     tower_config,
 )
 

@@ -1,12 +1,13 @@
 """Checkpoints: reading their layout, converting them from and to the authors' format, adding a fuser to released ones.
 
 Every command makes a plan, a list of `Step`, from the input, which is only read, and checks all it can before
-`writing` writes the first byte. Weights are never held in memory: a safetensors file gets a new header in front of
-its old data, a ``.bin`` is memory-mapped. What transformers would load is converted: safetensors before ``.bin``, one
-file before shards; weights in other formats, optimizer states (which follow the old order of parameters) and subfolders
-are left out, which the returned notes say.
+`writing` writes the first byte. A safetensors file gets a new header in front of its old data, a ``.bin`` is
+memory-mapped. The returned notes say what is left out: what transformers would not load, optimizer states (which follow
+the old order of parameters), subfolders, and code.
 """
 
+import contextlib
+import dataclasses
 import json
 import os
 from functools import partial
@@ -17,33 +18,20 @@ import torch
 from ..block.kinds import FUSIONS, refuse_open
 from ..config import FLAG_PREFIX, PROJECTOR_TYPE, MMFuserConfig
 from ..layers import Layers
-from ..names import (
-    MARK,
-    Format,
-    Shapes,
-    compare,
-    convert_hint,
-    from_published,
-    is_authors_config,
-    native_hint,
-    to_published,
-)
-from ..towers import check_features, tower_config
+from ..names import MARK, Format, from_published, to_published
+from ..towers import check_features, local_tower, tower_config
 from . import writing
-from .files import DTYPES
-from .fit import check_layers, projector_shapes, settings_of
-from .folder import LORA, MODEL, Checkpoint, read_checkpoint
+from .files import DTYPES, read_json
+from .folder import LORA, POINTERS, Checkpoint, read_checkpoint, without_pointers
+from .verdict import CONVERT, TO_AUTHORS, UPGRADE, check_format, check_tower, judge
 from .writing import Step
-
-AUTHORS_SETTINGS = MMFuserConfig(layers=Layers((-22, -17, -12, -7, -2)))  # their code fixes all but these numbers
 
 
 def convert(source: str, out: str, to_authors: bool = False, link: bool = False) -> List[str]:
     """Write a checkpoint, adapter or LoRA folder of the authors' fork in our format, or the other way round.
 
     Args:
-        source: folder to read.
-        out: folder to make.
+        source, out: folder to read, and folder to make.
         to_authors: from our format to theirs.
         link: hard-link weight files that stay as they are; they are copied where that is impossible.
 
@@ -51,32 +39,19 @@ def convert(source: str, out: str, to_authors: bool = False, link: bool = False)
         Notes for the user, one per line.
 
     Raises:
-        ValueError: input that is damaged, in another format or with settings that the authors' code does not have;
-            an `out` that exists or lies in `source`; a disk that is too small, or that fills up.
+        ValueError: `judge` says no; an `out` that exists or lies in `source`; a disk that is too small.
         OSError: reading or writing fails.
     """
     check_out(source, out)
     checkpoint = read_checkpoint(source)
-    check_format(checkpoint, Format.OURS if to_authors else Format.AUTHORS, "convert")
     config = dict(checkpoint.config)
+    settings = judge(checkpoint, TO_AUTHORS if to_authors else CONVERT, local_tower(config)).check()
     if to_authors:
-        settings = _authors_settings(checkpoint, settings_of(config))
         config = {key: value for key, value in config.items() if not key.startswith(FLAG_PREFIX)}
         config.update(mm_projector_type=settings.projector, mm_vision_select_layer=list(settings.layers))
     else:
-        if not is_authors_config(config):
-            given = config.get("mm_vision_select_layer")
-            raise ValueError(
-                f"mm_vision_select_layer={given!r} in {source}/config.json, but the weights are those of the authors' "
-                f"fork; write the five layers it was trained with there, such as [-22, -17, -12, -7, -2]"
-            )
-        settings = _authors_settings(checkpoint, settings_of(config))
         config.update(mm_projector_type=PROJECTOR_TYPE, mm_vision_select_layer=settings.layers[-1])
         config.update(settings.to_llava())
-    expected = projector_shapes(config, settings)
-    if not to_authors:
-        expected = {to_published(name): shape for name, shape in expected.items()}
-    _check_weights(checkpoint, expected, fuser=True)
     short = to_published if to_authors else partial(from_published, linear=settings.projector == "linear")
 
     def rename(name: str) -> str:
@@ -97,11 +72,7 @@ def convert(source: str, out: str, to_authors: bool = False, link: bool = False)
 
 
 def upgrade(
-    source: str,
-    out: str,
-    link: bool = False,
-    vision_tower: Optional[str] = None,
-    settings: Optional[Mapping[str, Any]] = None,
+    source: str, out: str, link: bool = False, vision_tower: Optional[str] = None, settings: Mapping[str, Any] = {}
 ) -> List[str]:
     """Put a fresh fuser in front of the projector of a released LLaVA: a checkpoint, an adapter or a LoRA folder.
 
@@ -110,9 +81,7 @@ def upgrade(
     fuser gets one of its own. In an adapter or LoRA folder it joins the projector in its file.
 
     Args:
-        source: folder to read.
-        out: folder to make.
-        link: hard-link weight files that stay as they are; they are copied where that is impossible.
+        source, out, link: as of `convert`.
         vision_tower: where to read the tower's config; None takes ``mm_vision_tower`` of config.json.
         settings: fields of `MMFuserConfig` to values; those that are absent get their defaults.
 
@@ -120,25 +89,26 @@ def upgrade(
         Notes for the user, one per line.
 
     Raises:
-        ValueError: as `convert`; settings that do not fit the tower or the projector; layers with another query than
-            the checkpoint's own layer.
+        ValueError: as `convert`; see `upgrade_settings`.
         OSError: reading or writing fails.
     """
     check_out(source, out)
     checkpoint = read_checkpoint(source)
     check_format(checkpoint, Format.LLAVA, "upgrade")
     config = dict(checkpoint.config)
-    resolved, tower = upgrade_settings(config, dict(settings or {}), vision_tower or config.get("mm_vision_tower"))
+    resolved, tower = upgrade_settings(config, dict(settings), vision_tower or config.get("mm_vision_tower"))
     config.update(mm_projector_type=PROJECTOR_TYPE, mm_hidden_size=tower.hidden_size, **resolved.to_llava())
-    config["mm_vision_select_layer"] = Layers.parse(
-        config["mm_vision_select_layer"]
-    ).select_layer  # an int, if it was a text
-    _check_weights(checkpoint, projector_shapes(config, resolved), fuser=False)
+    config["mm_vision_select_layer"] = Layers.parse(config["mm_vision_select_layer"])[-1]  # an int, if it was a text
+    widths = {**checkpoint.config, "mm_hidden_size": tower.hidden_size}
+    judge(dataclasses.replace(checkpoint, config=widths), UPGRADE).check()
     fresh = resolved.build(tower.hidden_size, config["hidden_size"]).state_dict()
     link, notes = may_link(link, source, out)
     steps = []
-    for label, weights in checkpoint.projectors().items():
-        like = next(iter(weights.values()))
+    for label, weights in {**dict.fromkeys(checkpoint.adapters, {}), **checkpoint.projectors()}.items():
+        like = next(iter(weights.values()), None)
+        if like is None:
+            steps.append(writing.unchanged(checkpoint.path(label), label, link))
+            continue
         if like.dtype not in DTYPES.values():
             raise ValueError(f"{like.file}: {like.name} is {like.dtype}; only a projector in floating point is allowed")
         prefix = like.name.split(MARK)[0] + MARK + "fuser."
@@ -147,8 +117,6 @@ def upgrade(
             steps.append(writing.renamed(checkpoint.path(label), str, fuser))
         else:
             steps += with_new_shard(checkpoint, fuser, link)
-    done = {file for file in checkpoint.projectors() if file in checkpoint.adapters}
-    steps += [writing.unchanged(checkpoint.path(file), file, link) for file in checkpoint.adapters if file not in done]
     return notes + finish("upgrade", checkpoint, out, steps, config, link)
 
 
@@ -157,10 +125,9 @@ def upgrade_settings(
 ) -> Tuple[MMFuserConfig, Any]:
     """The settings with resolved layers, and the tower's config, which is read by its name if it is None."""
     inner = config.get("mm_projector_type", "linear")
-    if given.setdefault("projector", inner) != inner:
-        raise ValueError(
-            f"mm_fuser_projector={given['projector']!r}, but the checkpoint's projector is {inner!r}; drop the flag"
-        )
+    wanted = given.setdefault("projector", inner)
+    if wanted != inner:
+        raise ValueError(f"mm_fuser_projector={wanted!r}, but the checkpoint's projector is {inner!r}; drop the flag")
     check_features(config)
     query = Layers.parse(config.get("mm_vision_select_layer"), "config.json: mm_vision_select_layer")
     given["layers"] = Layers.parse_listed(given["layers"], query) if "layers" in given else query
@@ -180,74 +147,13 @@ def upgrade_settings(
     except ValueError as error:
         raise ValueError(f"{error}; name a folder that has it by --vision-tower PATH") from error
     settings = settings.resolve(tower)
-    if config.get("mm_hidden_size", tower.hidden_size) != tower.hidden_size:
-        raise ValueError(
-            f"mm_hidden_size={config['mm_hidden_size']!r} in config.json, but the vision tower {name!r} has width "
-            f"{tower.hidden_size}; give the tower that the checkpoint was trained with by --vision-tower"
-        )
+    check_tower(config, tower)
     own = query[-1] % (tower.num_hidden_layers + 1)
     if settings.layers[-1] != own:
-        raise ValueError(
-            f"mm_fuser_layers={settings.layers} ends at layer {settings.layers[-1]}, but the "
-            f"projector was trained on layer {own} (mm_vision_select_layer={query}); end the list with {own}"
-        )
+        found = f"mm_fuser_layers={settings.layers} ends at layer {settings.layers[-1]}"
+        before = f"the projector was trained on layer {own} (mm_vision_select_layer={query})"
+        raise ValueError(f"{found}, but {before}; end the list with {own}")
     return settings, tower
-
-
-def _authors_settings(checkpoint: Checkpoint, settings: MMFuserConfig) -> MMFuserConfig:
-    """`settings`, refused unless the authors' code has the same, with their layers as they are written."""
-    if settings.layers.name or settings.num_layers != AUTHORS_SETTINGS.num_layers:
-        raise ValueError(
-            f"{settings.layers.setting}={settings.layers} in {checkpoint.folder}/config.json, but the authors' code "
-            f"fuses exactly five listed layers"
-        )
-    for name in ("fusion", "attention", "self_attention", "num_heads", "num_points", "output"):
-        value, allowed = getattr(settings, name), getattr(AUTHORS_SETTINGS, name)
-        if value != allowed:
-            raise ValueError(
-                f"mm_fuser_{name}={value!r} in {checkpoint.folder}/config.json cannot be expressed in the authors' "
-                f"format; their code has {allowed!r} only"
-            )
-    check_layers(checkpoint.config, settings)
-    return settings
-
-
-def check_format(checkpoint: Checkpoint, wanted: Format, command: str) -> None:
-    folder, found = checkpoint.folder, checkpoint.format()
-    if found == wanted:
-        return
-    back = f" --to authors {folder} OUT writes the authors'" if command == "convert" else ""
-    kind = checkpoint.config.get("mm_projector_type", "linear")
-    messages = {
-        Format.OURS: "in the format of llava_mmfuser already, with a fuser; nothing is to be done"
-        + (f" (python -m llava_mmfuser convert{back})" if back else ""),
-        Format.AUTHORS: "in the authors' format already; nothing is to be done"
-        if wanted is Format.OURS and command == "convert"
-        else convert_hint(folder),
-        Format.LLAVA: f"plain LLaVA (mm_projector_type={kind!r}) without a fuser; put a fresh one in front with: "
-        f"python -m llava_mmfuser upgrade {folder} OUT",
-        Format.NATIVE: native_hint(folder),
-        Format.OTHER: "not a LLaVA checkpoint: its config.json has neither mm_vision_tower nor mm_projector_type",
-    }
-    raise ValueError(f"{folder} is {messages[found]}")
-
-
-def _check_weights(checkpoint: Checkpoint, expected: Shapes, fuser: bool) -> None:
-    """Refuse projector weights other than `expected`, of which those of the fuser count only if `fuser`."""
-    projectors = checkpoint.projectors()
-    if not projectors:
-        raise ValueError(
-            f"{checkpoint.folder} has no weights of a projector: no name with {MARK!r} in "
-            f"{', '.join(checkpoint.shards + checkpoint.adapters)}"
-        )
-    if checkpoint.shards and MODEL not in projectors:
-        raise ValueError(f"{checkpoint.folder}: {MODEL} has no projector, though {' and '.join(projectors)} has one")
-    for label, weights in projectors.items():
-        problems = compare({name: weight.shape for name, weight in weights.items()}, expected)
-        if fuser and not problems and not set(expected) <= set(weights):
-            problems = "no weights of a fuser"
-        if problems:
-            raise ValueError(f"{checkpoint.folder}, {label}: weights do not fit config.json: {problems}")
 
 
 def check_out(source: str, out: str) -> None:
@@ -271,9 +177,8 @@ def may_link(link: bool, source: str, out: str) -> Tuple[bool, List[str]]:
 
 def with_new_shard(checkpoint: Checkpoint, tensors: Dict[str, torch.Tensor], link: bool) -> List[Step]:
     """The model's files under the names of the first n of n + 1 shards, one more with `tensors`, and the index."""
-    stem, ending = (
-        ("model", ".safetensors") if checkpoint.shards[0].endswith(".safetensors") else ("pytorch_model", ".bin")
-    )
+    safe = checkpoint.shards[0].endswith(".safetensors")
+    stem, ending = ("model", ".safetensors") if safe else ("pytorch_model", ".bin")
     total = len(checkpoint.shards) + 1
     names = [f"{stem}-{number:05d}-of-{total:05d}{ending}" for number in range(1, total + 1)]
     steps = [writing.unchanged(checkpoint.path(file), name, link) for file, name in zip(checkpoint.shards, names)]
@@ -282,7 +187,9 @@ def with_new_shard(checkpoint: Checkpoint, tensors: Dict[str, torch.Tensor], lin
     weight_map = {w.name: name for file, name in zip(checkpoint.shards, names) for w in checkpoint.weights[file]}
     weight_map.update(dict.fromkeys(tensors, names[-1]))
     old = checkpoint.index or {"metadata": {}}
-    old_size = old["metadata"].get("total_size", sum(os.path.getsize(checkpoint.path(f)) for f in checkpoint.shards))
+    old_size = old["metadata"].get("total_size")
+    if not isinstance(old_size, int):
+        old_size = sum(os.path.getsize(checkpoint.path(file)) for file in checkpoint.shards)
     index = {**old, "metadata": {**old["metadata"], "total_size": old_size + size}, "weight_map": weight_map}
     return steps + [_index_step(checkpoint, index)]
 
@@ -296,11 +203,30 @@ def _index_step(checkpoint: Checkpoint, index: Dict[str, Any]) -> Step:
 def finish(
     command: str, checkpoint: Checkpoint, out: str, steps: List[Step], config: Dict[str, Any], link: bool
 ) -> List[str]:
-    """Carry out `steps`, then copy the other files and at last write config.json. Returns notes for the user."""
-    steps = steps + [
-        writing.unchanged(checkpoint.path(file), file, link and file in LORA) for file in checkpoint.others
-    ]
+    """Carry out `steps`, copy the other files, without `POINTERS` to code of others, and at last write config.json;
+    returns notes for the user."""
+    left_out, steps = list(checkpoint.left_out), list(steps)
+    for file in checkpoint.others:
+        path = checkpoint.path(file)
+        refuse_link_out(checkpoint.folder, file)
+        content = None
+        with contextlib.suppress(ValueError):  # what is no JSON names no code
+            content = read_json(path) if file.endswith(".json") else None
+        cleaned = without_pointers(content)
+        if cleaned != content:
+            left_out.append(f"{' and '.join(POINTERS)} of {file}")
+            steps.append(writing.text(file, json.dumps(cleaned, indent=2) + "\n"))
+        else:
+            steps.append(writing.unchanged(path, file, link and file in LORA))
     steps.append(writing.text("config.json", json.dumps(config, indent=2) + "\n"))
     writing.write_folder(checkpoint.folder, out, steps, command)
-    notes = [f"left out of {out}: {', '.join(checkpoint.left_out)}"] if checkpoint.left_out else []
+    notes = [f"left out of {out}: {', '.join(left_out)}"] if left_out else []
     return notes + [f"{out} is complete: {len(steps)} files"]
+
+
+def refuse_link_out(folder: str, file: str) -> None:
+    """Raise ValueError for a symbolic link out of a folder; the hub's cache holds links to its own ``blobs``."""
+    home, target = os.path.realpath(folder), os.path.realpath(os.path.join(folder, file))
+    blobs = os.path.join(os.path.dirname(os.path.dirname(home)), "blobs")
+    if not target.startswith((home + os.sep, blobs + os.sep)):
+        raise ValueError(f"{os.path.join(folder, file)} is a link to {target}, outside the folder; copy the file there")

@@ -1,16 +1,23 @@
 """Weight files, whose headers tell names, dtypes and shapes, and config.json. A ``.bin`` is memory-mapped."""
 
 import contextlib
+import inspect
 import json
+import math
 import os
 import zipfile
-from typing import Any, Dict, Iterable, List, Mapping, NamedTuple, Optional, Tuple
+from typing import Any, Dict, Iterable, Iterator, List, Mapping, NamedTuple, Optional, Tuple
 
 import torch
 
 from ..names import MARK, without_wrapper
 
 DTYPES = {"F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64": "float64"}
+# fmt: off
+BITS = {"BOOL": 8, "U8": 8, "I8": 8, "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6, "F8_E4M3": 8, "F8_E4M3FNUZ": 8, "F8_E5M2": 8,
+        "F8_E5M2FNUZ": 8, "F8_E8M0": 8, "U16": 16, "I16": 16, "F16": 16, "BF16": 16, "U32": 32, "I32": 32, "F32": 32,
+        "U64": 64, "I64": 64, "F64": 64, "C64": 64}  # of a number, by safetensors' name
+# fmt: on
 
 
 class Weight(NamedTuple):
@@ -23,11 +30,7 @@ class Weight(NamedTuple):
 
 
 def read_weights(folder: str, file: str) -> List[Weight]:
-    """Names, dtypes and shapes of the tensors in a safetensors or ``.bin`` file, in its order.
-
-    Raises:
-        ValueError: see `read_header` and `load_bin`.
-    """
+    """Names, dtypes and shapes of the tensors in a safetensors or ``.bin`` file, in its order."""
     path = os.path.join(folder, file)
     if file.endswith(".safetensors"):
         entries = [(name, entry) for name, entry in read_header(path)[0].items() if name != "__metadata__"]
@@ -40,7 +43,7 @@ def read_header(path: str) -> Tuple[Dict[str, Any], int]:
     """The JSON header of a safetensors file, and where its data begin, in bytes.
 
     Raises:
-        ValueError: not a safetensors file, or one whose length is not what its header says.
+        ValueError: not a safetensors file; a header that contradicts itself or the file's length.
     """
     size = os.path.getsize(path)
     with open(path, "rb") as stream:
@@ -49,34 +52,45 @@ def read_header(path: str) -> Tuple[Dict[str, Any], int]:
             if size < 8 or length > size - 8:
                 raise ValueError(f"its header would take {length} bytes")
             header = json.loads(stream.read(length).decode("utf-8"))
-            entries = [entry for name, entry in header.items() if name != "__metadata__"]
-            end = 8 + length + max([entry["data_offsets"][1] for entry in entries], default=0)
-            if not all(isinstance(entry["dtype"], str) and isinstance(entry["shape"], list) for entry in entries):
-                raise ValueError("its header has other entries than tensors")
-        except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError) as error:
+            end = 8 + length + _data_length(header)
+            if end != size:
+                raise ValueError(f"its header says {end} bytes: it is truncated or damaged")
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise ValueError(
                 f"{path} ({size} bytes) is not a complete safetensors file: {error}; download or copy it again"
             ) from error
-    if end != size:
-        raise ValueError(
-            f"{path} has {size} bytes, but its header says {end}: it is truncated or damaged; download or copy it again"
-        )
     return header, 8 + length
 
 
+def _data_length(header: Dict[str, Any]) -> int:
+    """How many bytes a header's tensors take: one behind the other, each as long as its dtype and shape say."""
+    metadata = header.get("__metadata__") or {}
+    if not all(isinstance(value, str) for value in metadata.values()):
+        raise ValueError("its metadata are not texts")
+    entries = [(entry["data_offsets"], name, entry) for name, entry in header.items() if name != "__metadata__"]
+    position = 0
+    for (begin, end), name, entry in sorted(entries):
+        numbers = [begin, end, *entry["shape"]]
+        if not all(type(number) is int and 0 <= number < 1 << 63 for number in numbers):
+            raise ValueError(f"{name} has a shape or offsets that are no whole numbers")
+        if entry["dtype"] not in BITS:
+            raise ValueError(f"{name} is {entry['dtype']!r}; known are {', '.join(BITS)}")
+        size = math.prod(entry["shape"]) * BITS[entry["dtype"]]
+        if begin != position or size != 8 * (end - begin):
+            raise ValueError(f"{name}: bytes {begin} to {end} are not those of {entry['shape']} {entry['dtype']}")
+        position = end
+    return position
+
+
 def load_bin(path: str) -> Dict[str, torch.Tensor]:
-    """As `read_tensors`, memory-mapped where the file's format allows."""
-    if zipfile.is_zipfile(path):
-        with contextlib.suppress(Exception):  # `read_tensors` finds the same fault, and says what to do
-            state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-            tensors = isinstance(state, dict) and all(isinstance(value, torch.Tensor) for value in state.values())
-            if tensors and all(isinstance(name, str) for name in state):
-                return state
-    return read_tensors(path)
+    """As `read_tensors`, memory-mapped where the file and torch can."""
+    return read_tensors(path, mmap=zipfile.is_zipfile(path) and "mmap" in inspect.signature(torch.load).parameters)
 
 
-def read_tensors(path: str) -> Dict[str, torch.Tensor]:
-    """Read a state dict saved by `torch.save` onto the CPU; runs no code in the file.
+def read_tensors(path: str, **options: Any) -> Dict[str, torch.Tensor]:
+    """Read a state dict saved by `torch.save` onto the CPU, with ``weights_only=True``, which runs no code in the file.
+
+    Before torch 2.6 that has a known hole (CVE-2025-32434): take safetensors of strangers, or a newer torch.
 
     Raises:
         ValueError: no such file, not a file of tensors (truncated, another format), or a pickle of something else.
@@ -85,19 +99,20 @@ def read_tensors(path: str) -> Dict[str, torch.Tensor]:
         hint = "a folder; name the file in it, such as mm_projector.bin" if os.path.isdir(path) else "no such file"
         raise ValueError(f"{path}: {hint}")
     try:
-        state_dict = torch.load(path, map_location="cpu", weights_only=True)
+        state_dict = torch.load(path, map_location="cpu", weights_only=True, **options)
     except Exception as error:  # of no common type; its text is left out, because torch advises to run the file's code
         raise ValueError(
             f"{path} ({os.path.getsize(path)} bytes) cannot be read as tensors saved by torch.save "
             f"({type(error).__name__}). It is truncated, of another format, or holds other Python objects, "
             f"which are not loaded because they could run code; download or save it again"
         ) from error
-    if not isinstance(state_dict, dict) or not all(isinstance(value, torch.Tensor) for value in state_dict.values()):
-        kind = type(state_dict).__name__
-        if isinstance(state_dict, dict):
-            kind = "dict of " + ", ".join(sorted({type(value).__name__ for value in state_dict.values()}))
-        raise ValueError(f"{path} holds a {kind}, not a state dict (names to tensors)")
-    return {str(name): value for name, value in state_dict.items()}
+    kind = type(state_dict).__name__
+    if isinstance(state_dict, dict):
+        if all(isinstance(value, torch.Tensor) for value in state_dict.values()):
+            same = all(isinstance(name, str) for name in state_dict)
+            return state_dict if same else {str(name): value for name, value in state_dict.items()}
+        kind = "dict of " + ", ".join(sorted({type(value).__name__ for value in state_dict.values()}))
+    raise ValueError(f"{path} holds a {kind}, not a state dict (names to tensors)")
 
 
 def save_tensors(state_dict: Mapping[str, torch.Tensor], path: str) -> None:
@@ -111,34 +126,36 @@ def save_tensors(state_dict: Mapping[str, torch.Tensor], path: str) -> None:
             os.unlink(partial)
 
 
-def read_config(folder: str) -> Optional[Dict[str, Any]]:
-    """``config.json`` of a folder as a dict, or None where there is none.
-
-    Raises:
-        ValueError: it is not JSON in UTF-8 as transformers reads it, or no object.
-    """
-    file = os.path.join(folder, "config.json")
-    if not os.path.isfile(file):
-        return None
-    with open(file, encoding="utf-8") as stream:
+def read_json(path: str) -> Any:
+    """What a JSON file holds; raises ValueError for what transformers could not read."""
+    with open(path, encoding="utf-8") as stream:
         try:
-            config = json.load(stream)
+            return json.load(stream)
         except (ValueError, RecursionError) as error:
-            raise ValueError(f"{file} is not JSON in UTF-8: {error}") from error
-    if not isinstance(config, dict):
+            raise ValueError(f"{path} is not JSON in UTF-8: {error}") from error
+
+
+def read_config(folder: str) -> Optional[Dict[str, Any]]:
+    """``config.json`` of a folder as a dict, or None where there is none; raises ValueError for what is no object."""
+    file = os.path.join(folder, "config.json")
+    config = read_json(file) if os.path.isfile(file) else None
+    if os.path.isfile(file) and not isinstance(config, dict):
         raise ValueError(f"{file} is not a JSON object; copy the config.json that was saved with the weights")
     return config
 
 
-def read_tensor(folder: str, weight: Weight) -> torch.Tensor:
-    """One tensor of a checkpoint."""
-    path = os.path.join(folder, weight.file)
-    if not path.endswith(".safetensors"):
-        return load_bin(path)[weight.name]
-    from safetensors import safe_open
+def read_tensors_of(folder: str, weights: Mapping[str, Weight]) -> Iterator[Tuple[str, torch.Tensor]]:
+    """The keys of some weights of a checkpoint and their tensors, one after the other."""
+    for file in dict.fromkeys(weight.file for weight in weights.values()):
+        path, keys = os.path.join(folder, file), [key for key, weight in weights.items() if weight.file == file]
+        if file.endswith(".safetensors"):
+            from safetensors import safe_open
 
-    with safe_open(path, framework="pt") as stream:
-        return stream.get_tensor(weight.name)
+            with safe_open(path, framework="pt") as stream:
+                yield from ((key, stream.get_tensor(weights[key].name)) for key in keys)
+        else:
+            state = load_bin(path)
+            yield from ((key, state[weights[key].name]) for key in keys)
 
 
 def projector_weights(weights: Iterable[Weight]) -> Dict[str, Weight]:

@@ -3,22 +3,24 @@
 That is safetensors before ``.bin``, one file before shards, then adapters.
 """
 
-import json
 import os
 import re
-from dataclasses import dataclass
-from typing import Any, Dict, List, Mapping, Optional, Tuple
+from dataclasses import dataclass, field
+from typing import Any, Collection, Dict, Iterable, List, Mapping, Optional, Tuple
 
 from ..names import Format, format_of
-from .files import Weight, projector_weights, read_config, read_weights
+from .files import Weight, projector_weights, read_config, read_json, read_weights
 
 _MODELS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
-_ADAPTERS = ("mm_projector.bin", "non_lora_trainables.bin")
+NON_LORA = "non_lora_trainables.bin"
+_ADAPTERS = ("mm_projector.bin", NON_LORA)
 MODEL = "the model"
 LORA = ("adapter_model.safetensors", "adapter_model.bin")
 _LEFT_OUT = re.compile(
     r"(model|pytorch_model)(-.*)?\.(safetensors|bin)(\.index\.json)?|(tf|flax)_model.*|(optimizer|scheduler|rng_state).*"
 )
+_CODE = (".py", ".pyc", ".pyd", ".so")
+POINTERS = ("auto_map", "custom_pipelines")  # keys of JSON files that name code which transformers would run
 FULL, LORA_FOLDER, ADAPTER_FOLDER = "a full checkpoint", "a LoRA folder", "an adapter folder"
 MIXED = "a LoRA folder with a full checkpoint in it"
 
@@ -28,13 +30,13 @@ class Checkpoint:
     """A folder as transformers and LLaVA would read it."""
 
     folder: str
-    config: Dict[str, Any]
-    shards: List[str]  # the whole model's files, in loading order; none in an adapter or LoRA folder
-    index: Dict[str, Any]  # of the shards; empty where there is none
-    adapters: List[str]  # other files that may hold the projector
-    weights: Dict[str, List[Weight]]  # of every file in shards and adapters
-    others: List[str]  # copied as they are
-    left_out: List[str]
+    config: Dict[str, Any]  # without `POINTERS`
+    weights: Dict[str, List[Weight]] = field(default_factory=dict)  # of every file in shards and adapters
+    shards: List[str] = field(default_factory=list)  # the whole model's files, in loading order; none of an adapter
+    adapters: List[str] = field(default_factory=list)  # other files that may hold the projector
+    index: Dict[str, Any] = field(default_factory=dict)  # of the shards; empty where there is none
+    others: List[str] = field(default_factory=list)  # copied as they are
+    left_out: List[str] = field(default_factory=list)
 
     def path(self, file: str) -> str:
         """Where a file of the folder lies."""
@@ -43,9 +45,7 @@ class Checkpoint:
     def projectors(self) -> Dict[str, Dict[str, Weight]]:
         """For the model and for each adapter that has any: weights by their name behind ``mm_projector.``."""
         sources = {MODEL: self.shards, **{file: [file] for file in self.adapters}}
-        found = {
-            label: projector_weights(w for f in files for w in self.weights[f]) for label, files in sources.items()
-        }
+        found = {label: projector_weights(w for f in own for w in self.weights[f]) for label, own in sources.items()}
         return {label: weights for label, weights in found.items() if weights}
 
     def format(self) -> Format:
@@ -57,16 +57,13 @@ def read_checkpoint(folder: str) -> Checkpoint:
     """Read the config, the index and the names, dtypes and shapes of all weights of a checkpoint folder.
 
     Raises:
-        ValueError: no folder, no or bad config.json or index, a shard that is absent, a weight file that is truncated,
-            of another format or holds other Python objects, an index that contradicts its shards, or no weights.
+        ValueError: something that it needs is absent, damaged, of another format, or contradicts another file.
     """
     if not os.path.isdir(folder):
         raise ValueError(f"{folder} is not a folder; name the folder of a checkpoint that is on this machine")
     config = read_config(folder)
     if config is None:
-        raise ValueError(
-            f"{folder} has no config.json; name the folder in which LLaVA saved the weights and config.json"
-        )
+        raise ValueError(f"{folder} has no config.json; name the folder in which LLaVA saved it with the weights")
     entries = sorted(os.listdir(folder))
     files = [name for name in entries if os.path.isfile(os.path.join(folder, name))]
     unreadable = [name for name in files if not os.access(os.path.join(folder, name), os.R_OK)]
@@ -85,29 +82,42 @@ def read_checkpoint(folder: str) -> Checkpoint:
     weights = {file: read_weights(folder, file) for file in shards + adapters}
     for file in shards if index else []:
         listed = {name for name, shard in index["weight_map"].items() if shard == file}
-        differing = sorted(listed ^ {weight.name for weight in weights[file]})
-        if differing:
-            raise ValueError(
-                f"{os.path.join(folder, model)} and {file} disagree about {', '.join(differing[:3])} "
-                f"({len(differing)} tensors); the files belong to different checkpoints, so copy them again"
-            )
+        check_index(listed, weights[file], f"{os.path.join(folder, model)} and {file}")
     used = {*shards, *adapters, model, "config.json"}
-    left_out = [name for name in files if name not in used and _LEFT_OUT.fullmatch(name)]
+    left_out = [n for n in files if n not in used and (_LEFT_OUT.fullmatch(n) or n.lower().endswith(_CODE))]
     others = [name for name in files if name not in used and name not in left_out]
     folders = [name + "/" for name in entries if os.path.isdir(os.path.join(folder, name))]
-    return Checkpoint(folder, config, shards, index, adapters, weights, others, left_out + folders)
+    cleaned = without_pointers(config)
+    pointers = [] if cleaned == config else [f"{' and '.join(POINTERS)} of config.json"]
+    return Checkpoint(folder, cleaned, weights, shards, adapters, index, others, left_out + folders + pointers)
+
+
+def without_pointers(content: Any) -> Any:
+    """What a JSON file holds, without `POINTERS`. A number is none, but a token's place in a vocabulary."""
+    if isinstance(content, list):
+        return [without_pointers(value) for value in content]
+    if not isinstance(content, dict):
+        return content
+    kept = {key: value for key, value in content.items() if key not in POINTERS or isinstance(value, int)}
+    return {key: without_pointers(value) for key, value in kept.items()}
+
+
+def check_index(listed: Collection[str], weights: Iterable[Weight], files: str) -> None:
+    """Refuse an index of shards that names other weights than there are; transformers would take it at its word."""
+    differing = sorted(set(listed) ^ {weight.name for weight in weights})
+    if differing:
+        raise ValueError(
+            f"{files} disagree about {', '.join(differing[:3])} ({len(differing)} tensors); the files belong to "
+            f"different checkpoints, so copy them again"
+        )
 
 
 def _read_index(folder: str, name: str) -> Tuple[Dict[str, Any], List[str]]:
     path = os.path.join(folder, name)
-    with open(path, encoding="utf-8") as stream:
-        try:
-            index = json.load(stream)
-        except (ValueError, RecursionError) as error:
-            raise ValueError(f"{path} is not JSON: {error}") from error
+    index = read_json(path)
     if not isinstance(index, dict) or not all(isinstance(index.get(key), dict) for key in ("metadata", "weight_map")):
         raise ValueError(f"{path} is not an index of shards: it needs the objects 'metadata' and 'weight_map'")
-    shards = sorted({str(shard) for shard in index["weight_map"].values()})
+    shards = sorted(set(map(str, index["weight_map"].values())))
     for shard in shards:
         if os.path.basename(shard) != shard or not shard.endswith((".safetensors", ".bin")):
             raise ValueError(f"{path} names the shard {shard!r}; only weight files in the same folder are allowed")
@@ -126,28 +136,16 @@ def folder_kind(folder: str) -> str:
 
 
 def name_problem(name: str, kind: str, config: Mapping[str, Any]) -> Optional[str]:
-    """What is wrong with the model_name that `load_pretrained_model` goes by; None if nothing.
-
-    Args:
-        name: what LLaVA's `get_model_name_from_path` makes of a path, or what is passed.
-        kind: see `folder_kind`.
-        config: its config.json.
-    """
-    is_lora = kind in (LORA_FOLDER, MIXED)
-    wanted = ["llava"] + (["lora"] if is_lora else [])
-    unwanted = ["lora"] if kind == ADAPTER_FOLDER else []
-    if not is_lora and "mpt" not in str(config.get("model_type")):
-        unwanted.append("mpt")
-    missing = [word for word in wanted if word not in name.lower()]
+    """What is wrong with the model_name that `load_pretrained_model` goes by; None if nothing. See `folder_kind`."""
+    is_lora, name_type = kind in (LORA_FOLDER, MIXED), str(config.get("model_type"))
+    missing = [word for word in ["llava"] + ["lora"] * is_lora if word not in name.lower()]
+    unwanted = ["lora"] * (kind == ADAPTER_FOLDER) + ["mpt"] * (not is_lora and "mpt" not in name_type)
     present = [word for word in unwanted if word in name.lower()]
-    if not missing and not present:
-        return None
     rule = [f"contain {' and '.join(map(repr, missing))}"] if missing else []
     rule += [f"not contain {' or '.join(map(repr, present))}"] if present else []
-    return (
-        f"model_name={name!r} must {' and '.join(rule)} for {kind} (model_type="
-        f"{config.get('model_type')!r}): rename the folder, or pass such a model_name to load_pretrained_model"
-    )
+    advice = "rename the folder, or pass such a model_name to load_pretrained_model"
+    what = f"{kind} (model_type={config.get('model_type')!r})"
+    return f"model_name={name!r} must {' and '.join(rule)} for {what}: {advice}" if rule else None
 
 
 def name_from_path(path: str) -> str:

@@ -2,6 +2,7 @@
 
 import copy
 import errno
+import io
 import json
 import os
 import shutil
@@ -32,32 +33,41 @@ def unchanged(source: str, name: str, link: bool) -> Step:
 
 def renamed(source: str, rename: Callable[[str], str], extra: Optional[Dict[str, torch.Tensor]] = None) -> Step:
     """The weight file `source` with its tensors renamed and, in a ``.bin``, others added."""
-    name = os.path.basename(source)
-    size = os.path.getsize(source) + sum(value.nbytes for value in (extra or {}).values())
-    if name.endswith(".safetensors"):
-        return Step(name, size, partial(_write_renamed, source, rename))
-    return Step(name, size, partial(_write_bin, source, rename, extra or {}))
+    name, extra = os.path.basename(source), extra or {}
+    safe = name.endswith(".safetensors")
+    write = partial(_write_renamed, source, rename) if safe else partial(_write_bin, source, rename, extra)
+    return Step(name, os.path.getsize(source) + sum(value.nbytes for value in extra.values()), write)
 
 
 def added(name: str, tensors: Dict[str, torch.Tensor]) -> Step:
     """A new weight file."""
-    return Step(name, sum(value.nbytes for value in tensors.values()), partial(_write_new, tensors))
+    if name.endswith(".safetensors"):
+        from safetensors.torch import save
+
+        return _of_bytes(name, save(tensors, metadata={"format": "pt"}))
+    buffer = io.BytesIO()
+    torch.save(tensors, buffer)
+    return _of_bytes(name, buffer.getvalue())
 
 
 def text(name: str, content: str) -> Step:
     """A new text file."""
-    return Step(name, len(content.encode()), partial(_write_text, content))
+    return _of_bytes(name, content.encode())
 
 
-def _write_text(content: str, path: str, advance: Advance) -> None:
-    with open(path, "w", encoding="utf-8") as stream:
-        stream.write(content)
-    advance(len(content.encode()))
+def _of_bytes(name: str, content: bytes) -> Step:
+    def write(path: str, advance: Advance) -> None:
+        with open(path, "wb") as stream:
+            stream.write(content)
+        advance(len(content))
+
+    return Step(name, len(content), write)
 
 
 def _copy(source: str, path: str, advance: Advance) -> None:
     with open(source, "rb") as old, open(path, "wb") as new:
         _stream(old, new, advance)
+    shutil.copymode(source, path)
 
 
 def _link(source: str, path: str, advance: Advance) -> None:
@@ -81,6 +91,7 @@ def _write_renamed(source: str, rename: Callable[[str], str], path: str, advance
         new.write(len(encoded).to_bytes(8, "little") + encoded)
         old.seek(start)
         _stream(old, new, advance)
+    shutil.copymode(source, path)
 
 
 def _write_bin(
@@ -93,18 +104,8 @@ def _write_bin(
     new.update(extra)
     with open(path, "wb") as stream:
         torch.save(new, stream)
+    shutil.copymode(source, path)
     advance(os.path.getsize(path))
-
-
-def _write_new(tensors: Dict[str, torch.Tensor], path: str, advance: Advance) -> None:
-    with open(path, "wb") as stream:
-        if path.endswith(".safetensors"):
-            from safetensors.torch import save
-
-            stream.write(save(tensors, metadata={"format": "pt"}))
-        else:
-            torch.save(tensors, stream)
-    advance(sum(value.nbytes for value in tensors.values()))
 
 
 def _stream(old: BinaryIO, new: BinaryIO, advance: Advance) -> None:
@@ -124,28 +125,18 @@ def _stream(old: BinaryIO, new: BinaryIO, advance: Advance) -> None:
                     raise
             in_kernel = count > 0
         if not in_kernel:
-            count = _write_all(new.fileno(), os.read(old.fileno(), min(left, _CHUNK)))
+            count = new.write(os.read(old.fileno(), min(left, _CHUNK)))
+            new.flush()
         if not count:
             raise OSError(errno.EIO, "the file ended early", old.name)
         left -= count
         advance(count)
 
 
-def _write_all(descriptor: int, data: bytes) -> int:
-    view = memoryview(data)
-    while view:
-        view = view[os.write(descriptor, view) :]
-    return len(data)
-
-
 def write_folder(source: str, out: str, steps: List[Step], command: str) -> None:
     """Carry out `steps` in ``OUT.incomplete``, which then becomes `out`; what fails or is interrupted leaves nothing.
 
-    Args:
-        source: the folder that the steps read; it must not change meanwhile.
-        out: the folder to make.
-        steps: what to write, in this order.
-        command: what the progress bar is called.
+    `source` is the folder that the steps read, and `command` what the progress bar is called.
 
     Raises:
         ValueError: an ``OUT.incomplete`` that is there already, a disk that is too small, or a changed input.

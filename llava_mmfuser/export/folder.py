@@ -13,8 +13,8 @@ import torch
 from ..block.fusion import Fusion
 from ..checkpoints import writing
 from ..checkpoints.convert import check_format, check_out
-from ..checkpoints.fit import check_tower, misfit, settings_of
 from ..checkpoints.folder import LORA, Checkpoint, read_checkpoint
+from ..checkpoints.verdict import EXPORT, judge, misfit
 from ..checkpoints.writing import Step
 from ..config import FLAG_PREFIX, MMFuserConfig
 from ..names import MARK, Format, without_wrapper
@@ -72,8 +72,7 @@ def export(source: str, out: str, base: Optional[str] = None, plain: Optional[bo
     vision = tower_config(tower)
     if vision.kind != "CLIP":
         raise ValueError(f"mm_vision_tower={tower!r} is a {vision.kind} tower, but only CLIP towers can be exported")
-    check_tower(config, vision)
-    settings = settings_of(config).resolve(vision)
+    settings = judge(checkpoint, EXPORT, vision).check().resolve(vision)
     weights = _weights(checkpoint, language, tower)
     fuser = _fuser(settings, config, weights)
     weights = {to_native(name): tensor for name, tensor in weights.items()}

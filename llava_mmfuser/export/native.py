@@ -12,9 +12,9 @@ from ..block.kinds import MAX_LAYERS, MAX_WIDTH, check_count
 from ..checkpoints import writing
 from ..checkpoints.convert import check_format, check_out, finish, may_link, upgrade_settings, with_new_shard
 from ..checkpoints.files import DTYPES, Weight
-from ..checkpoints.fit import misfit
 from ..checkpoints.folder import FULL, Checkpoint, name_from_path, name_problem, read_checkpoint
 from ..checkpoints.report import NAME_NOTE
+from ..checkpoints.verdict import misfit
 from ..config import FLAG_PREFIX, PROJECTOR_TYPE, MMFuserConfig
 from ..names import MARK, Format
 from ..towers import TowerConfig, kind_of

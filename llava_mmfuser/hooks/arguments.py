@@ -1,13 +1,17 @@
-"""The command line of train.py: our flags, and all that can be known to be wrong before a weight is read."""
+"""The command line of train.py, and its other ways to arguments: our flags beside the host's.
 
+The host's `ModelArguments` keeps its class and its fields. A flag of ours that was given becomes an attribute of the
+instance; whoever makes the arguments by hand sets the same attributes.
+"""
+
+import argparse
 import dataclasses
-import functools
 from dataclasses import field
-from typing import Any, List, Optional, Tuple
+from typing import Any, Callable, Dict, List, Mapping, Optional, Tuple
 
-from ..config import FLAG_PREFIX, PROJECTOR_TYPE, MMFuserConfig, explicit_settings
-from ..layers import SPELLINGS, Layers, spell
-from .run import check_start, refuse_together
+from ..config import FLAG_PREFIX, MMFuserConfig
+from ..layers import SPELLINGS, Layers
+from .run import check_arguments, check_run
 
 # name, type, default, help of flags that concern training only; upstream keeps mm_projector_lr in config.json, too
 TRAINING_FLAGS: Tuple[Tuple[str, Any, Any, str], ...] = (
@@ -17,99 +21,92 @@ TRAINING_FLAGS: Tuple[Tuple[str, Any, Any, str], ...] = (
         None,
         "Learning rate of the fuser (paper, 13B pretraining: 1e-4). If not given: that of the projector.",
     ),
+    (
+        "mm_fuser_gate_lr",
+        Optional[str],
+        None,
+        "Learning rate of what opens the fuser, its gates or columns; inherit: that of the rest of it. If not given: "
+        "inherit with mm_fuser_lr, else for a fresh fuser one that can open it in the run's steps.",
+    ),
     ("mm_fuser_log_gates", bool, True, "Log the mean absolute value of the fuser's gates with the loss."),
 )
+_OF_LLAVA = {"mm_projector_type", "mm_vision_select_layer", "vision_tower"}  # train.py defines its class in __main__
 
 
-def with_fuser_flags(arguments: type) -> type:
-    """Extend LLaVA's `ModelArguments` with the ``mm_fuser_*`` flags and a select layer that may be a list.
-
-    Args:
-        arguments: a dataclass type with ``mm_projector_type`` and ``mm_vision_select_layer``.
-
-    Returns:
-        A subclass under the same name. Its ``mm_vision_select_layer`` is an int, as upstream's, or a tuple of ints;
-        every setting of `MMFuserConfig` is None unless given. The `TRAINING_FLAGS` are there, too.
-    """
-    select_layer = {f.name: f for f in dataclasses.fields(arguments)}["mm_vision_select_layer"]
-    extra: List[Tuple[str, Any, Any]] = [
-        (
-            "mm_vision_select_layer",
-            Optional[str],
-            field(
-                default=select_layer.default,
-                metadata={
-                    "help": f"hidden_states index of the vision tower; under mm_projector_type=mmfuser also a list: "
-                    f"{SPELLINGS}"
-                },
-            ),
-        ),
-    ]
+def _flags() -> type:
+    fields: List[Tuple[str, Any, Any]] = []
     for name, kind, default, text in TRAINING_FLAGS:
-        extra.append((name, kind, field(default=default, metadata={"help": text})))
+        fields.append((name, kind, field(default=default, metadata={"help": text})))
     for setting in dataclasses.fields(MMFuserConfig):
         kind = str if setting.name == "layers" else setting.type
-        extra.append((FLAG_PREFIX + setting.name, Optional[kind], field(default=None, metadata=dict(setting.metadata))))
-
-    def __post_init__(self):
-        if hasattr(arguments, "__post_init__"):
-            arguments.__post_init__(self)
-        if self.mm_vision_select_layer is not None:
-            self.mm_vision_select_layer = Layers.parse(self.mm_vision_select_layer).select_layer
-        check_arguments(self)
-        check_start(self)
-
-    extended = dataclasses.make_dataclass(
-        arguments.__name__,
-        extra,
-        bases=(arguments,),
-        namespace={"__post_init__": __post_init__, "__doc__": arguments.__doc__},
-    )
-    extended.__module__, extended.__qualname__ = arguments.__module__, arguments.__qualname__
-    return extended
-
-
-def check_arguments(arguments: Any) -> None:
-    """Refuse settings of `ModelArguments` that can be known to be wrong before any weight is read.
-
-    Raises:
-        ValueError: see `MMFuserConfig`; or fuser settings given to another ``mm_projector_type``.
-    """
-    given = explicit_settings(arguments)
-    lr = getattr(arguments, "mm_fuser_lr", None)
-    if lr is not None and not 0 <= lr < float("inf"):
-        raise ValueError(f"mm_fuser_lr={lr} is not allowed; use a number of at least 0, such as 1e-4")
-    if arguments.mm_projector_type != PROJECTOR_TYPE:
-        given.update({} if lr is None else {"lr": lr})
-        if given:
-            names = ", ".join(given["layers"].setting if name == "layers" else FLAG_PREFIX + name for name in given)
-            raise ValueError(
-                f"{names} was given, which needs mm_projector_type={PROJECTOR_TYPE}, but it is "
-                f"{arguments.mm_projector_type!r}; add --mm_projector_type {PROJECTOR_TYPE} or drop the setting"
-            )
-        return
-    settings = MMFuserConfig.from_llava(arguments)
-    if {"fusion", "attention"} & set(given):  # else a checkpoint may say which
-        settings.refuse_useless(given)
-        refuse_together(settings.fusion, arguments)
-    listed = arguments.mm_vision_select_layer
-    if "layers" in given and isinstance(listed, tuple) and listed != given["layers"]:
-        raise ValueError(
-            f"mm_fuser_layers={spell(given['layers'])} and mm_vision_select_layer={spell(listed)} "
-            f"name different layers; give one of them"
+        fields.append(
+            (FLAG_PREFIX + setting.name, Optional[kind], field(default=None, metadata=dict(setting.metadata)))
         )
+    return dataclasses.make_dataclass("FuserArguments", fields)
 
 
-@functools.lru_cache(maxsize=None)
-def _with_flags(arguments: type) -> type:
-    """LLaVA's `ModelArguments`, known by its fields because train.py defines it in ``__main__``, with our flags."""
-    names = {f.name for f in dataclasses.fields(arguments)}
-    if not {"mm_projector_type", "mm_vision_select_layer", "vision_tower"} <= names:
-        return arguments
-    return with_fuser_flags(arguments)
+FuserArguments = _flags()
+
+
+def of_llava(self: Any, dataclass_types: Any, *args: Any, **kwargs: Any) -> bool:
+    """Whether a parser is made for LLaVA's `ModelArguments`, among others."""
+    types = [dataclass_types] if dataclasses.is_dataclass(dataclass_types) else list(dataclass_types)
+    return any(_OF_LLAVA <= {f.name for f in dataclasses.fields(kind)} for kind in types)
+
+
+def has_flags(self: Any, *args: Any, **kwargs: Any) -> bool:
+    """Whether a parser has our flags."""
+    return "--mm_fuser_layers" in self._option_string_actions
 
 
 def parser_init(original, self, dataclass_types, *args, **kwargs):
-    single = dataclasses.is_dataclass(dataclass_types)
-    extended = [_with_flags(kind) for kind in ([dataclass_types] if single else dataclass_types)]
-    original(self, extended[0] if single else extended, *args, **kwargs)
+    original(self, dataclass_types, *args, **kwargs)
+    self._add_dataclass_arguments(FuserArguments)
+    select_layer = self._option_string_actions["--mm_vision_select_layer"]
+    select_layer.type = _or_layers(select_layer.type)
+    select_layer.help = f"{select_layer.help or ''} Under mm_projector_type=mmfuser also a list: {SPELLINGS}".strip()
+
+
+def _or_layers(host: Callable[[str], Any]) -> Callable[[str], Any]:
+    """What the host makes of ``--mm_vision_select_layer``, else `Layers`."""
+
+    def read(text: str) -> Any:
+        try:
+            return host(text)
+        except (TypeError, ValueError):
+            try:
+                return Layers.parse(text)
+            except ValueError as error:
+                raise argparse.ArgumentTypeError(str(error)) from error
+
+    return read
+
+
+def parse_args_into_dataclasses(original, self, *args, **kwargs):
+    parsed = list(original(self, *args, **kwargs))
+    namespace = next(part for part in parsed if isinstance(part, argparse.Namespace))  # what no dataclass of theirs has
+    given = {f.name: vars(namespace).pop(f.name) for f in dataclasses.fields(FuserArguments)}
+    if not vars(namespace):
+        parsed.remove(namespace)
+    return _finish(parsed, given)
+
+
+def parse_dict(original, self, args, *rest, **kwargs):
+    names = {f.name for f in dataclasses.fields(FuserArguments)}
+    theirs = {name: value for name, value in args.items() if name not in names}
+    return _finish(original(self, theirs, *rest, **kwargs), {name: args[name] for name in names & set(args)})
+
+
+def _finish(parsed: Any, given: Mapping[str, Any]) -> Tuple[Any, ...]:
+    """Set the flags that were given on `ModelArguments`, and check what can be known of the run."""
+    model_args = next(part for part in parsed if all(hasattr(part, name) for name in _OF_LLAVA))
+    defaults: Dict[str, Any] = {f.name: f.default for f in dataclasses.fields(FuserArguments)}
+    for name, value in given.items():
+        if value != defaults[name]:
+            setattr(model_args, name, value)
+    layers = model_args.mm_vision_select_layer
+    if isinstance(layers, Layers):
+        model_args.mm_vision_select_layer = layers.select_layer
+    check_arguments(model_args, listed=isinstance(layers, Layers))
+    check_run(model_args, next((part for part in parsed if hasattr(part, "output_dir")), None))
+    return tuple(parsed)

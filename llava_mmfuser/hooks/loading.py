@@ -8,16 +8,14 @@ from types import SimpleNamespace
 from typing import Any, Dict, List, Optional
 
 from ..block.leaves import Resettable, materialize
-from ..checkpoints.adapter import match_adapter, read_adapter
-from ..checkpoints.files import projector_weights, read_config, read_weights
-from ..checkpoints.fit import check_weights, misfit, projector_shapes
-from ..checkpoints.folder import FULL, MIXED, folder_kind, name_problem
+from ..checkpoints.files import Weight, read_config, read_weights
+from ..checkpoints.folder import FULL, MIXED, Checkpoint, check_index, folder_kind, name_problem
+from ..checkpoints.verdict import LOAD, judge
 from ..config import PROJECTOR_TYPE, MMFuserConfig
-from ..names import has_fuser, is_authors_config, missing_fuser_keys
+from ..names import MARK, has_fuser
 from ..projector import MMFuserProjector
 from .model import report
-from .resuming import ADAPTER
-from .tower import refuse_layer_list
+from .resuming import ADAPTER, NON_LORA
 
 logger = logging.getLogger("llava_mmfuser")
 
@@ -47,7 +45,8 @@ def load_pretrained_weights(original, *args, **kwargs):
             # tied ones and leaves them on the meta device.
             materialize(projector)
             settings = MMFuserConfig.from_llava(given["model"].config)
-            projector.missing = missing_fuser_keys(keys, projector)
+            there = {key.rpartition(MARK)[2] for key in keys}
+            projector.missing = sorted(n for n, _ in projector.fuser.named_parameters() if "fuser." + n not in there)
             report(projector, settings, given["pretrained_model_name_or_path"], projector.missing)
     return loaded
 
@@ -73,20 +72,22 @@ def _loaded_keys(given: Dict[str, Any]) -> List[str]:
 
 
 def _check_weights(given: Dict[str, Any], keys: List[str]) -> None:
-    """Ask of what `_load_pretrained_model` is about to read whether it fits, if the model or the weights have a fuser.
-    Other models than LLaVA's may leave a projector out, as they do without a fuser."""
-    model, path = given["model"], given["pretrained_model_name_or_path"]
+    """Before weights are read: they must fit, if the model or the weights have a fuser. Other models than LLaVA's may
+    leave a projector out, as they do without a fuser."""
+    model, path, state = given["model"], given["pretrained_model_name_or_path"], given["state_dict"]
     config = vars(model.config)
-    if not hasattr(model, "get_vision_tower"):
+    fused = config.get("mm_projector_type") == PROJECTOR_TYPE or has_fuser(keys)
+    if not fused or not hasattr(model, "get_vision_tower"):
         return
-    if config.get("mm_projector_type") != PROJECTOR_TYPE and not has_fuser(keys):
-        return
+    if state is None:
+        weights = [weight for file in _files(given) for weight in read_weights(*os.path.split(file))]
+    else:
+        weights = [Weight("", name, str(value.dtype)[6:], tuple(value.shape)) for name, value in state.items()]
+    weights = [weight for weight in weights if MARK in weight.name]
     try:
-        if config.get("mm_vision_tower") is None and has_fuser(keys):
-            raise ValueError("config.json has no mm_vision_tower, but the weights hold a fuser; write it there")
-        projector = next((module for module in model.modules() if isinstance(module, MMFuserProjector)), None)
-        shapes = None if projector is None else projector.shapes()
-        check_weights(config, shapes, keys, _files(given), given["state_dict"])
+        listed = {name for name in keys if MARK in name}
+        check_index(listed, weights, "the index of the shards and the shards")
+        judge(Checkpoint(str(path), config, {"": weights}, shards=[""]), LOAD).check()
     except ValueError as error:
         raise ValueError(f"{path}: {error}; `python -m llava_mmfuser inspect` shows what is there") from error
 
@@ -107,43 +108,33 @@ def _check_checkpoint(model_path: str, model_base: Optional[str], model_name: st
         return None
 
     file = find("config.json")
-    config = read_config(os.path.dirname(file)) if file else None
-    if config is None:
-        return
-    if is_authors_config(config):
-        refuse_layer_list({**config, "_name_or_path": model_path})
+    config = (read_config(os.path.dirname(file)) if file else None) or {}
     is_lora, fused = "lora" in model_name.lower(), config.get("mm_projector_type") == PROJECTOR_TYPE
     if fused:
         _check_place(model_path, model_base, model_name, config)
-    if model_base is None or "llava" not in model_name.lower():
-        return
-    adapter = find("non_lora_trainables.bin" if is_lora else "mm_projector.bin")
+    used = bool(config) and model_base is not None and "llava" in model_name.lower()
+    adapter = find(NON_LORA if is_lora else ADAPTER) if used else None
     if adapter is None:
         return
-    if fused:
-        settings = MMFuserConfig.from_llava(config)
-        match_adapter(adapter, read_adapter(adapter, is_lora), settings, projector_shapes(config, settings))
-        return
-    weights = {}
-    with contextlib.suppress(ValueError):  # what cannot be read with weights_only is left to LLaVA
-        weights = projector_weights(read_weights(*os.path.split(adapter)))
-    if any(name.startswith("fuser.") for name in weights):
-        raise ValueError(f"{adapter}: {misfit(config, weights)}")
+    folder, file = os.path.split(adapter)
+    weights = []
+    with contextlib.nullcontext() if fused else contextlib.suppress(ValueError):  # what plain LLaVA reads is its affair
+        weights = read_weights(folder, file)
+    if fused or has_fuser(weight.name for weight in weights):
+        judge(Checkpoint(folder, config, {file: weights}, adapters=[file]), LOAD).check()
 
 
 def _check_place(path: str, base: Optional[str], name: str, config: Dict[str, Any]) -> None:
     """Of a checkpoint with fuser: that LLaVA will read it as what it is."""
     kind = folder_kind(path) if os.path.isdir(path) else None
     if kind is not None and kind != FULL and base is None:
-        raise ValueError(
-            f"{path} is {kind}, without model_base its fuser is not read; pass model_base, the model it was trained on"
-            + ("" if kind != MIXED else ", or move adapter_config.json away to load the full checkpoint beside it")
-        )
+        other = ", or move adapter_config.json away to load the full checkpoint beside it" if kind == MIXED else ""
+        advice = "pass model_base, the model it was trained on"
+        raise ValueError(f"{path} is {kind}, without model_base its fuser is not read; {advice}{other}")
     if kind == FULL and base is not None and not os.path.isfile(os.path.join(path, ADAPTER)):
         raise ValueError(f"{path} is {kind}, but model_base={base!r} was given; pass model_base=None")
     problem = name_problem(name, kind or FULL, config)
-    if problem is None:
-        return
-    if base is not None or "mpt" in name.lower():
+    if problem is not None and (base is not None or "mpt" in name.lower()):
         raise ValueError(f"{path}: {problem}, else its fuser is not read")
-    logger.warning("%s: %s, else LLaVA loads no vision tower and returns no image_processor", path, problem)
+    if problem is not None:
+        logger.warning("%s: %s, else LLaVA loads no vision tower and returns no image_processor", path, problem)

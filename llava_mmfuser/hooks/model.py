@@ -8,60 +8,62 @@ from ..block.kinds import FUSIONS
 from ..block.leaves import own_random_state, reset
 from ..block.sampling import select_implementation
 from ..checkpoints.adapter import check_shapes
-from ..config import PROJECTOR_TYPE, MMFuserConfig
+from ..config import PROJECTOR_TYPE, MMFuserConfig, asks_for_fuser
+from ..hidden_states import return_layers
 from ..names import describe
 from ..patching import applied
 from ..projector import MMFuserProjector
-from ..towers import check_features, return_layers
+from ..towers import check_features
 from .optimizer import parse_gate_rate
-from .run import RUN, SEED, other_type, resolve_run
-from .tower import refuse_layer_list
+from .run import check_arguments, other_type, resolve_run, seed
 from .wrappers import gathered, is_wrapper, unwrapped
 
 logger = logging.getLogger("llava_mmfuser")
 
 
-def build_vision_projector(original, config, delay_load=False, **kwargs):
-    if getattr(config, "mm_projector_type", "linear") != PROJECTOR_TYPE:
-        return original(config, delay_load=delay_load, **kwargs)
+def build_vision_projector(original, config, *args, **kwargs):
     settings = MMFuserConfig.from_llava(config)
     inner_config = copy.copy(config)
     inner_config.mm_projector_type = settings.projector
     # The inner projector first: it gets the same initial weights as in a run without the fuser.
-    inner = original(inner_config, delay_load=delay_load, **kwargs)
+    inner = original(inner_config, *args, **kwargs)
     return MMFuserProjector.build(settings, config.mm_hidden_size, inner)
 
 
-def initialize_vision_modules(original, self, model_args, fsdp=None):
-    holder: Any = getattr(self, "mm_projector", None)
-    projector = unwrapped(holder)
-    wanted = getattr(model_args, "mm_projector_type", "linear") == PROJECTOR_TYPE
-    fused = isinstance(projector, MMFuserProjector)
-    if not wanted:
-        if fused:
-            raise ValueError(other_type(model_args))
-        refuse_layer_list(model_args)
-        return original(self, model_args, fsdp=fsdp)
+def concerns_fuser(self: Any, *args: Any, **kwargs: Any) -> bool:
+    """Whether the arguments ask for a fuser, or the model has one."""
+    holder = getattr(self, "mm_projector", None)
+    return asks_for_fuser(*args, **kwargs) or isinstance(unwrapped(holder), MMFuserProjector)
 
+
+def initialize_vision_modules(original, self, model_args, *args, **kwargs):
+    if not asks_for_fuser(model_args):
+        raise ValueError(other_type(model_args))
+    fsdp = kwargs.get("fsdp", args[0] if args else None)
     if fsdp:
         raise ValueError(
             f"fsdp={fsdp} together with mm_projector_type={PROJECTOR_TYPE} is not supported; use DeepSpeed instead"
         )
+    holder: Any = getattr(self, "mm_projector", None)
+    projector = unwrapped(holder)
+    fused = isinstance(projector, MMFuserProjector)
+    check_arguments(model_args)
     _check_trainer(model_args)
-    run = getattr(model_args, RUN, None)
-    if run is None or not run.start:  # arguments made by hand, or a checkpoint that has only now been downloaded
-        run = resolve_run(model_args, self.config.to_dict())
-    settings, source = run.settings, "the checkpoint" if fused else None
-    adapter, model_args = model_args.pretrain_mm_mlp_adapter, copy.copy(model_args)
-    model_args.pretrain_mm_mlp_adapter = None
-    setattr(model_args, RUN, run)
+    run = resolve_run(model_args, self.config.to_dict())
+    settings, adapter, source = run.settings, model_args.pretrain_mm_mlp_adapter, "the checkpoint" if fused else None
+    model_args = copy.copy(model_args)
+    vars(model_args).update(settings.to_llava(), pretrain_mm_mlp_adapter=None)
+    query = model_args.mm_vision_select_layer
+    if not isinstance(query, int) or query % (run.tower.num_hidden_layers + 1) != settings.layers[-1]:
+        model_args.mm_vision_select_layer = settings.layers[-1]
     if projector is not None and not fused:
         projector = _put_fuser_in_front(projector, settings, self.get_vision_tower())
         wrapped = is_wrapper(holder)
         self.mm_projector = type(holder)(projector, holder.active_adapter) if wrapped else projector
     self.config.update(settings.to_llava())
     self.config.mm_fuser_lr = getattr(model_args, "mm_fuser_lr", None)  # as upstream keeps mm_projector_lr
-    original(self, model_args, fsdp=fsdp)
+    self.config.mm_fuser_gate_lr = getattr(model_args, "mm_fuser_gate_lr", None)
+    original(self, model_args, *args, **kwargs)
     tower = self.get_vision_tower()
     if not isinstance(getattr(tower, "select_layer", None), list):  # a class of the host without a row
         raise ValueError(
@@ -73,17 +75,13 @@ def initialize_vision_modules(original, self, model_args, fsdp=None):
     if self.mm_projector is not projector:
         self.mm_projector.original_module.requires_grad_(False)  # upstream unfreezes all that is below mm_projector
     projector.lr = self.config.mm_fuser_lr
-    projector.gate_lr = parse_gate_rate(getattr(model_args, "mm_fuser_gate_lr", None))
+    projector.gate_lr = parse_gate_rate(self.config.mm_fuser_gate_lr)
     projector.log_gates = getattr(model_args, "mm_fuser_log_gates", True)
-    query = model_args.mm_vision_select_layer
-    if not isinstance(query, int) or query % (run.tower.num_hidden_layers + 1) != settings.layers[-1]:
-        self.config.mm_vision_select_layer = settings.layers[-1]
     if run.adapter is not None and run.shapes != projector.shapes():
         check_shapes(adapter, run.adapter, projector.shapes(), describe(run.adapter))
-    seed = getattr(model_args, SEED, None)
     with gathered(projector.parameters(), modifier_rank=0):
-        if seed is not None:
-            with own_random_state(seed):
+        if seed() is not None:
+            with own_random_state(seed()):
                 reset(projector.fuser, projector.missing if fused else dict(projector.fuser.named_parameters()))
         if run.adapter is not None:
             projector.load_state_dict(run.adapter)
@@ -92,13 +90,14 @@ def initialize_vision_modules(original, self, model_args, fsdp=None):
 
 
 def _check_trainer(model_args: Any) -> None:
-    lr = getattr(model_args, "mm_fuser_lr", None)
+    rates = {name: getattr(model_args, name, None) for name in ("mm_fuser_lr", "mm_fuser_gate_lr")}
     refusal = applied.get(
         "llava.train.llava_trainer",
         "it needs LLaVATrainer, which has not been imported; train with it or drop the flag",
     )
-    if lr is not None and refusal is not None:
-        raise ValueError(f"mm_fuser_lr={lr}: {refusal}")
+    for name, rate in rates.items():
+        if rate is not None and refusal is not None:
+            raise ValueError(f"{name}={rate}: {refusal}")
 
 
 def _put_fuser_in_front(projector: Any, settings: MMFuserConfig, tower: Any) -> MMFuserProjector:

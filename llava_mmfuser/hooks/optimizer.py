@@ -10,7 +10,7 @@ from ..block.fusion import Fusion
 from ..block.leaves import Gate
 from ..block.mmfuser import MMFuser
 from ..projector import MMFuserProjector
-from .wrappers import find_projector, gathered
+from .wrappers import config_of, find_projector, gathered, replaced
 
 logger = logging.getLogger("llava_mmfuser")
 
@@ -107,7 +107,7 @@ def check_token_budget(model: nn.Module, projector: MMFuserProjector) -> None:
     Raises:
         ValueError: one image has at least as many tokens as a sequence may have.
     """
-    limit = getattr(model.config, "tokenizer_model_max_length", None)
+    limit = getattr(config_of(model), "tokenizer_model_max_length", None)
     if limit is None or projector.fuser.num_tokens(1) == 1:
         return
     tower: Any = next(module for module in model.modules() if hasattr(module, "select_layer"))
@@ -129,41 +129,104 @@ def gate_means(fuser: nn.Module) -> Dict[str, float]:
         return {f"mm_fuser_{name}": scale.detach().float().abs().mean().item() for name, scale in gates.items()}
 
 
+def has_fuser(self: Any, *args: Any, **kwargs: Any) -> bool:
+    """Whether a Trainer trains a model with a fuser."""
+    return find_projector(self.model) is not None
+
+
 def create_optimizer(original, self):
+    projector: Any = find_projector(self.model)
     created, optimizer = self.optimizer is None, original(self)
-    projector = find_projector(self.model)
-    if created and projector is not None:
-        check_token_budget(self.model, projector)
+    if created:
         regroup(optimizer, projector.fuser, projector.lr, gate_rate(projector))
-    if projector is not None:
-        check_trained(projector.fuser, (p for group in optimizer.param_groups for p in group["params"]))
+    check_trained(projector.fuser, _held(optimizer))
     return optimizer
 
 
+def create_scheduler(original, self, num_training_steps, optimizer=None):
+    """Every optimizer passes here before a scheduler has taken its rates, whoever made it."""
+    projector: Any = find_projector(self.model)
+    found = self.optimizer if optimizer is None else optimizer
+    check_token_budget(self.model, projector)
+    created = self.lr_scheduler is None
+    if created and not _has_rate(found, projector):
+        regroup(found, projector.fuser, projector.lr, gate_rate(projector))
+    _check_groups(found, projector)
+    scheduler = original(self, num_training_steps, optimizer)
+    if created and hasattr(scheduler, "base_lrs"):
+        set_opening_rate(scheduler, projector, num_training_steps)
+    return scheduler
+
+
+def load_optimizer_and_scheduler(original, self, checkpoint):
+    """The last place before the first step, where a Trainer's own way to a scheduler has not passed the other."""
+    if not self.is_deepspeed_enabled:  # its optimizer holds flattened copies; `deepspeed_init` has checked
+        _check_groups(self.optimizer, find_projector(self.model))
+    return original(self, checkpoint)
+
+
+def _held(optimizer: Any) -> Iterable[nn.Parameter]:
+    return (parameter for group in optimizer.param_groups for parameter in group["params"])
+
+
+def _has_rate(optimizer: Any, projector: MMFuserProjector) -> bool:
+    """Whether an optimizer trains the fuser at the rates that were given, or at whatever rate where none was."""
+    wanted: Dict[int, Rate] = {id(parameter): projector.lr for parameter in projector.fuser.parameters()}
+    if isinstance(projector.gate_lr, float):
+        wanted.update(dict.fromkeys(map(id, opening(projector.fuser)), projector.gate_lr))
+    found = [(group, id(value)) for group in optimizer.param_groups for value in group["params"] if id(value) in wanted]
+    return all(wanted[key] in (None, group.get("initial_lr", group["lr"])) for group, key in found)
+
+
+def _given(projector: MMFuserProjector) -> str:
+    """The rates that were given, in words; empty if there are none."""
+    rates = {"mm_fuser_lr": projector.lr, "mm_fuser_gate_lr": projector.gate_lr}
+    return " and ".join(f"{name}={rate}" for name, rate in rates.items() if rate not in (None, INHERIT))
+
+
+def _check_groups(optimizer: Any, projector: Any) -> None:
+    """Refuse an optimizer, whoever made it, that leaves the fuser an identity or ignores its rate."""
+    check_trained(projector.fuser, _held(optimizer))
+    if not _has_rate(optimizer, projector):
+        raise ValueError(
+            f"{_given(projector)}, but the optimizer and the scheduler that the Trainer was given have another "
+            f"rate for the fuser; give its parameters a group with this rate, pass the Trainer an optimizer alone, or "
+            f"drop the flag"
+        )
+
+
 def deepspeed_init(original, self, *args, **kwargs):
-    projector = find_projector(self.model)
-    if projector is not None:
-        config = self.accelerator.state.deepspeed_plugin.hf_ds_config.config
-        sections = [section for section in ("optimizer", "scheduler") if section in config]
-        if "optimizer" in sections:  # then `create_optimizer` is not called
-            check_trained(projector.fuser, filter(lambda parameter: parameter.requires_grad, self.model.parameters()))
-        rates = {"mm_fuser_lr": projector.lr, "mm_fuser_gate_lr": projector.gate_lr}
-        given = " and ".join(f"{name}={rate}" for name, rate in rates.items() if rate not in (None, INHERIT))
-        if given and sections:
-            raise ValueError(
-                f"{given}, but the DeepSpeed configuration has the section {' and '.join(sections)}, which has one "
-                f"learning rate for all; delete it there (LLaVA's zero2.json and zero3.json have none), or drop the "
-                f"flag"
-            )
+    projector: Any = find_projector(self.model)
+    given, config = _given(projector), self.accelerator.state.deepspeed_plugin.hf_ds_config.config
+    sections = [section for section in ("optimizer", "scheduler") if section in config]
+    if "optimizer" in sections:  # then no other optimizer is made
+        check_trained(projector.fuser, filter(lambda parameter: parameter.requires_grad, self.model.parameters()))
+    if given and sections:
+        raise ValueError(
+            f"{given}, but the DeepSpeed configuration has the section {' and '.join(sections)}, which has "
+            f"one learning rate for all; delete it there (LLaVA's zero2.json and zero3.json have none), or drop the "
+            f"flag"
+        )
     return original(self, *args, **kwargs)
 
 
-def log(original, self, logs, *args, **kwargs):
-    projector = find_projector(self.model) if "loss" in logs else None
-    if projector is not None and projector.log_gates:
-        gates = gate_means(projector.fuser)
-        logs.update(gates)
-    return original(self, logs, *args, **kwargs)
+def logs_gates(self: Any, *args: Any, **kwargs: Any) -> bool:
+    """Whether this step is logged, with the gates."""
+    return self.control.should_log and has_fuser(self) and find_projector(self.model).log_gates  # type: ignore[union-attr]
+
+
+def maybe_log(original, self, *args, **kwargs):
+    """The gates are gathered here, where every rank is; `Trainer.log` may be called by one rank alone."""
+    projector: Any = find_projector(self.model)
+    gates, log = gate_means(projector.fuser), self.log
+
+    def with_gates(logs, *args, **kwargs):
+        if "loss" in logs:
+            logs.update(gates)
+        return log(logs, *args, **kwargs)
+
+    with replaced(self, "log", with_gates):
+        return original(self, *args, **kwargs)
 
 
 REACH = 3.0  # how far a run without a flag can move what opens a fuser, unless it took a rate above `MOST`
@@ -215,14 +278,6 @@ def opening_rate(rate: float, full: float) -> float:
     return max(rate, min(REACH / max(full, 1.0), MOST))
 
 
-def create_scheduler(original, self, num_training_steps, *args, **kwargs):
-    created, scheduler = self.lr_scheduler is None, original(self, num_training_steps, *args, **kwargs)
-    projector = find_projector(self.model)
-    if created and projector is not None and hasattr(scheduler, "base_lrs"):
-        set_opening_rate(scheduler, projector, num_training_steps)
-    return scheduler
-
-
 def set_opening_rate(scheduler: Any, projector: MMFuserProjector, steps: int) -> None:
     """Before the first step: the rate of what opens a fuser that is an identity, or a word about one that stays shut.
 
@@ -241,6 +296,8 @@ def set_opening_rate(scheduler: Any, projector: MMFuserProjector, steps: int) ->
         identity, size = fuser.is_identity(), opens[0].detach().float().abs().mean().item()
     full, rest = full_steps(scheduler, steps), scheduler.base_lrs[held[0]]
     rate = opening_rate(rest, full) if identity and gate_rate(projector) is None else rest
+    own = all(ids >= {id(parameter) for parameter in groups[index]["params"]} for index in held)  # not somebody's group
+    rate = rate if own else rest
     for index in held if rate > rest else []:
         now = groups[index]["lr"] / rest if rest else 1.0  # of the schedule
         scheduler.base_lrs[index] = groups[index]["initial_lr"] = rate

@@ -1,6 +1,7 @@
 """Checkpoints in the middle of a run that can be resumed, also in stage 1 and with LoRA."""
 
 import contextlib
+import functools
 import os
 import re
 import sys
@@ -13,7 +14,8 @@ from ..checkpoints.files import read_config, read_tensors, save_tensors
 from ..config import FLAG_PREFIX, PROJECTOR_TYPE, MMFuserConfig, read_setting
 from ..layers import spell
 from ..names import differences
-from .wrappers import find_projector, gathered
+from . import next as llava_next
+from .wrappers import config_of, find_projector, gathered, replaced
 
 
 def _trainables(model: nn.Module) -> Iterator[Tuple[str, nn.Parameter]]:
@@ -69,23 +71,42 @@ def _trainables_file(model: nn.Module) -> Optional[str]:
     """The file in a checkpoint for what is trained besides LoRA; None for a full finetune or without a fuser."""
     if find_projector(model) is None:
         return None
-    parts = getattr(model.config, "mm_tunable_parts", None)  # LLaVA-NeXT's, which it asks in the same words
-    alone = parts is not None and "," not in parts and ("mm_mlp_adapter" in parts or "mm_vision_resampler" in parts)
-    if alone or getattr(model.config, "tune_mm_mlp_adapter", False):
+    config = config_of(model)
+    if llava_next.trains_the_adapter_alone(config) or getattr(config, "tune_mm_mlp_adapter", False):
         return ADAPTER
     peft = sys.modules.get("peft")
     return NON_LORA if peft and isinstance(model, peft.PeftModel) else None
 
 
+def saves_adapter(self: Any, *args: Any, **kwargs: Any) -> bool:
+    """Whether a Trainer is in stage 1, with a fuser."""
+    return _trainables_file(self.model) == ADAPTER
+
+
+def saves_trainables(self: Any, *args: Any, **kwargs: Any) -> bool:
+    """Whether a Trainer is in stage 1 or trains LoRA, with a fuser."""
+    return _trainables_file(self.model) is not None
+
+
+def has_fuser_in(engine: Any, *args: Any, **kwargs: Any) -> bool:
+    """Whether DeepSpeed's engine holds a model with a fuser."""
+    return find_projector(engine.module) is not None
+
+
 def _check_same_settings(model: nn.Module, checkpoint: str) -> None:
     """Refuse to resume a checkpoint whose fuser has other layers or settings, which its shapes may not show."""
     config = read_config(checkpoint) or {}
-    if find_projector(model) is not None and config.get("mm_projector_type") == PROJECTOR_TYPE:
-        before, now = MMFuserConfig.from_llava(config), MMFuserConfig.from_llava(model.config)
+    if config.get("mm_projector_type") == PROJECTOR_TYPE:
+        running = config_of(model)
+        before, now = MMFuserConfig.from_llava(config), MMFuserConfig.from_llava(running)
         name = now.difference(before)
-        if name is None:
-            name = "lr"  # the optimizer's state would bring the old one back
-            was, is_now = (read_setting(source, FLAG_PREFIX + name) for source in (config, model.config))
+        if name is None:  # the optimizer's state would bring the old rates back
+            rates = {
+                name: [read_setting(source, FLAG_PREFIX + name) for source in (config, running)]
+                for name in ("lr", "gate_lr")
+            }
+            name = next((name for name, (was, is_now) in rates.items() if was != is_now), "lr")
+            was, is_now = rates[name]
         else:
             was, is_now = getattr(before, name), getattr(now, name)
         if was != is_now:
@@ -96,26 +117,24 @@ def _check_same_settings(model: nn.Module, checkpoint: str) -> None:
 
 
 def save_checkpoint(original, self, model, trial, metrics=None):
-    if _trainables_file(self.model) != ADAPTER:
-        return original(self, model, trial, metrics=metrics)
     from transformers import Trainer
 
-    engine = self.model_wrapped
-    trained_only = _replaced(engine, "save_checkpoint", exclude_frozen_parameters=True)
+    save = self.model_wrapped.save_checkpoint if self.is_deepspeed_enabled else None
+    trained_only = functools.partial(save, exclude_frozen_parameters=True) if save else None
     known = {} if metrics is None else {"metrics": metrics}  # transformers has no such parameter since 4.47
-    with trained_only if self.is_deepspeed_enabled else contextlib.nullcontext():
+    with replaced(self.model_wrapped, "save_checkpoint", trained_only) if save else contextlib.nullcontext():
         return Trainer._save_checkpoint(self, model, trial, **known)
 
 
 def save_model(original, self, output_dir=None, _internal_call=False):
-    file = _trainables_file(self.model) if _internal_call else None
-    if file != ADAPTER:
+    file = _trainables_file(self.model)
+    if file != ADAPTER or not _internal_call:
         original(self, output_dir, _internal_call=_internal_call)
-    if file is not None:
+    if _internal_call:
         output_dir = output_dir or self.args.output_dir
-        save_trainables(self.model, os.path.join(output_dir, file), self.args.should_save)
+        save_trainables(self.model, os.path.join(output_dir, str(file)), self.args.should_save)
         if self.args.should_save:
-            self.model.config.save_pretrained(output_dir)
+            config_of(self.model).save_pretrained(output_dir)
 
 
 def load_from_checkpoint(original, self, resume_from_checkpoint, model=None):
@@ -133,27 +152,19 @@ def load_from_checkpoint(original, self, resume_from_checkpoint, model=None):
 
 
 def load_best_model(original, self):
-    file = _trainables_file(self.model)
-    if file != ADAPTER or self.is_deepspeed_enabled:
+    if self.is_deepspeed_enabled:  # its own checkpoints have all that is trained
+        return original(self)
+    file = str(_trainables_file(self.model))
+    if file != ADAPTER:
         original(self)
-    if file is not None and not self.is_deepspeed_enabled:  # its own checkpoints have all that is trained
-        load_trainables(self.model, os.path.join(self.state.best_model_checkpoint, file))
+    load_trainables(self.model, os.path.join(self.state.best_model_checkpoint, file))
 
 
 def deepspeed_load_checkpoint(original, deepspeed_engine, checkpoint_path, *args, **kwargs):
     _check_same_settings(deepspeed_engine.module, checkpoint_path)
     if _trainables_file(deepspeed_engine.module) is None:
         return original(deepspeed_engine, checkpoint_path, *args, **kwargs)
-    with _replaced(deepspeed_engine, "load_checkpoint", load_module_strict=False):  # frozen weights are not in it
+    load = deepspeed_engine.load_checkpoint
+    lenient = lambda *args, **kwargs: load(*args, **{**kwargs, "load_module_strict": False})  # noqa: E731
+    with replaced(deepspeed_engine, "load_checkpoint", lenient):  # frozen weights are not in it
         return original(deepspeed_engine, checkpoint_path, *args, **kwargs)
-
-
-@contextlib.contextmanager
-def _replaced(instance: Any, method: str, **arguments: Any) -> Iterator[None]:
-    """Within this context the method has these arguments set, whatever it is called with."""
-    original = getattr(instance, method)
-    setattr(instance, method, lambda *args, **kwargs: original(*args, **{**kwargs, **arguments}))
-    try:
-        yield
-    finally:
-        delattr(instance, method)

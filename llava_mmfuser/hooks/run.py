@@ -1,4 +1,8 @@
-"""What a run of train.py comes to, resolved once from its flags, its vision tower and the checkpoint it starts from."""
+"""What a run of train.py comes to: resolved from its arguments, its vision tower and the checkpoint it starts from.
+
+It is resolved when the model is built, from what the arguments say then, whatever way they came. Where they come from a
+parser, it is resolved there, too, so that what is wrong fails before a weight is read.
+"""
 
 import contextlib
 import dataclasses
@@ -16,12 +20,61 @@ from ..layers import spell
 from ..names import Shapes, expected_shapes
 from ..patching import folder_of, is_replaced
 from ..towers import TowerConfig, check_features, check_name, tower_config
-from .optimizer import UNTRAINED
-
-RUN, SEED = "mm_fuser_run", "mm_fuser_seed"  # on `ModelArguments`, no flags: the `Run`, and the run's seed
-
+from . import next as llava_next
+from .optimizer import UNTRAINED, parse_gate_rate
 
 HOST_CLASSES = {"CLIP": "CLIPVisionTower", "SigLIP": "SigLipVisionTower"}  # kind of tower -> LLaVA's class
+
+
+class _Last:
+    """The `TrainingArguments` that this process made last; a fresh fuser takes its seed."""
+
+    training_args: Any = None
+
+
+def training_arguments_init(original, self):
+    original(self)
+    _Last.training_args = self
+
+
+def seed() -> Optional[int]:
+    """The run's seed, or None where no `TrainingArguments` were made."""
+    return getattr(_Last.training_args, "seed", None)
+
+
+def check_arguments(arguments: Any, listed: bool = False) -> None:
+    """Refuse settings of `ModelArguments` that can be known to be wrong before any weight is read.
+
+    Args:
+        arguments: `ModelArguments`, with the ``mm_fuser_*`` settings that were given.
+        listed: whether ``mm_vision_select_layer`` is a list that the host itself could not read.
+
+    Raises:
+        ValueError: see `MMFuserConfig`; or fuser settings given to another ``mm_projector_type``.
+    """
+    lr = getattr(arguments, "mm_fuser_lr", None)
+    if lr is not None and not 0 <= lr < float("inf"):
+        raise ValueError(f"mm_fuser_lr={lr} is not allowed; use a number of at least 0, such as 1e-4")
+    parse_gate_rate(getattr(arguments, "mm_fuser_gate_lr", None))
+    if arguments.mm_projector_type != PROJECTOR_TYPE:
+        names = [name for name in vars(arguments) if name.startswith(FLAG_PREFIX)]
+        names += ["mm_vision_select_layer"] if listed else []
+        if names:
+            raise ValueError(
+                f"{', '.join(names)} was given, which needs mm_projector_type={PROJECTOR_TYPE}, but it is "
+                f"{arguments.mm_projector_type!r}; add --mm_projector_type {PROJECTOR_TYPE} or drop the setting"
+            )
+        return
+    given, settings = explicit_settings(arguments), MMFuserConfig.from_llava(arguments)
+    if {"fusion", "attention"} & set(given):  # else a checkpoint may say which
+        settings.refuse_useless(given)
+        refuse_together(settings.fusion, arguments)
+    select_layer = arguments.mm_vision_select_layer
+    if "layers" in given and isinstance(select_layer, tuple) and select_layer != given["layers"]:
+        raise ValueError(
+            f"mm_fuser_layers={spell(given['layers'])} and mm_vision_select_layer={spell(select_layer)} "
+            f"name different layers; give one of them"
+        )
 
 
 class Run(NamedTuple):
@@ -76,18 +129,20 @@ def refuse_together(fusion: str, model_args: Any) -> None:
     lr = getattr(model_args, "mm_fuser_lr", None)
     if lr is not None and not FUSIONS[fusion].has_weights:
         raise ValueError(f"mm_fuser_lr={lr} has no effect with mm_fuser_fusion={fusion}, which has no weights")
+    gate_lr = getattr(model_args, "mm_fuser_gate_lr", None)
+    if gate_lr is not None and not FUSIONS[fusion].starts_as_identity:
+        raise ValueError(
+            f"mm_fuser_gate_lr={gate_lr} has no effect with mm_fuser_fusion={fusion}, which has nothing to open"
+        )
+    if fusion != "token_concat":
+        return
     merge_type = getattr(model_args, "mm_patch_merge_type", "flat")
-    if fusion == "token_concat" and merge_type != "flat":
+    if merge_type != "flat":
         raise ValueError(
             f"mm_patch_merge_type={merge_type} together with mm_fuser_fusion=token_concat is not supported, "
             f"because its tokens are no single map; use flat"
         )
-    pooling = getattr(model_args, "mm_spatial_pool_mode", None)  # a flag of LLaVA-NeXT with a default
-    if fusion == "token_concat" and pooling is not None:
-        raise ValueError(
-            f"mm_spatial_pool_mode={pooling} together with mm_fuser_fusion=token_concat is not supported, because "
-            f"LLaVA-NeXT would pool its tokens as those of one square map; use another mm_fuser_fusion"
-        )
+    llava_next.refuse_token_concat(model_args)
 
 
 def _host_tower(name: str) -> TowerConfig:
@@ -102,15 +157,20 @@ def _host_tower(name: str) -> TowerConfig:
     return tower
 
 
-def check_start(model_args: Any) -> None:
-    """What can be known of a run before any weight but an adapter's is read; for a fuser kept on `model_args`.
+def check_run(model_args: Any, training_args: Any) -> None:
+    """What can be known of a run before any weight but an adapter's is read.
+
+    Args:
+        model_args: LLaVA's `ModelArguments`.
+        training_args: `TrainingArguments`; None where there are none.
 
     Raises:
-        ValueError: see `resolve_run`; or a checkpoint with fuser that train.py would not read as what it is.
+        ValueError: see `resolve_run`; a checkpoint with fuser that train.py would not read as what it is; a fresh fuser
+            that would stay frozen; a checkpoint in ``output_dir`` that the run cannot resume.
     """
     path = getattr(model_args, "model_name_or_path", None)
     start = {} if path is None else _config_at(path)
-    wanted = model_args.mm_projector_type == PROJECTOR_TYPE
+    wanted, run = model_args.mm_projector_type == PROJECTOR_TYPE, None
     if path is not None and start.get("mm_projector_type") == PROJECTOR_TYPE:
         if os.path.isdir(path) and folder_kind(path) != FULL:
             raise ValueError(
@@ -124,23 +184,13 @@ def check_start(model_args: Any) -> None:
             )
         if not wanted:
             raise ValueError(other_type(model_args))
-    if wanted and model_args.vision_tower is not None:
-        setattr(model_args, RUN, resolve_run(model_args, start))
-
-
-def parse_args_into_dataclasses(original, self, *args, **kwargs):
-    parsed = original(self, *args, **kwargs)
-    model_args = next((part for part in parsed if hasattr(part, "mm_projector_type")), None)
-    training_args = next((part for part in parsed if hasattr(part, "output_dir")), None)
-    if model_args is not None and training_args is not None:
-        run = getattr(model_args, RUN, None)
-        if run is not None:
-            _check_trained(run, model_args, training_args)
-        if model_args.vision_tower is not None:
-            _check_output_dir(model_args, training_args, run)
-        if model_args.mm_projector_type == PROJECTOR_TYPE:
-            setattr(model_args, SEED, training_args.seed)
-    return parsed
+    if model_args.vision_tower is None:
+        return
+    if wanted:
+        run = resolve_run(model_args, start)
+        _check_trained(run, model_args, training_args)
+    if training_args is not None:
+        _check_output_dir(model_args, training_args, run)
 
 
 def _check_trained(run: Run, model_args: Any, training_args: Any) -> None:
@@ -154,10 +204,10 @@ def _check_trained(run: Run, model_args: Any, training_args: Any) -> None:
 
 
 def _frozen_by(model_args: Any, training_args: Any) -> Optional[str]:
-    """The setting that freezes the projector; in LLaVA-NeXT ``mm_tunable_parts`` decides alone where it is given."""
-    parts = getattr(model_args, "mm_tunable_parts", None)
+    """The setting that freezes the projector, or None."""
+    parts = llava_next.tunable_parts(model_args)
     if parts is not None:
-        return None if "mm_mlp_adapter" in parts.split(",") else f"mm_tunable_parts={parts}"
+        return None if llava_next.ADAPTER_PART in parts else f"mm_tunable_parts={','.join(parts)}"
     return "freeze_mm_mlp_adapter=True" if getattr(training_args, "freeze_mm_mlp_adapter", False) else None
 
 
@@ -184,9 +234,10 @@ def _check_output_dir(model_args: Any, training_args: Any, run: Optional[Run]) -
     config = config or {"mm_projector_type": "one without a fuser"}  # plain LLaVA's checkpoints with LoRA have none
     # A script of one's own may call PEFT without LLaVA's flag.
     was = dict(mm_projector_type=config.get("mm_projector_type"), lora_enable=lora)
-    now = dict(mm_projector_type=model_args.mm_projector_type, lora_enable=training_args.lora_enable or lora)
+    now = dict(mm_projector_type=model_args.mm_projector_type)
+    now["lora_enable"] = getattr(training_args, "lora_enable", False) or lora
     was["tune_mm_mlp_adapter"] = bool(config.get("tune_mm_mlp_adapter"))
-    now["tune_mm_mlp_adapter"] = model_args.tune_mm_mlp_adapter
+    now["tune_mm_mlp_adapter"] = getattr(model_args, "tune_mm_mlp_adapter", False)
     was["mm_tunable_parts"] = config.get("mm_tunable_parts")
     now["mm_tunable_parts"] = getattr(model_args, "mm_tunable_parts", None)
     if fused and run is not None:

@@ -1,7 +1,7 @@
 """What PEFT and DeepSpeed put around a projector and its parameters."""
 
 import contextlib
-from typing import Any, ContextManager, Iterable, Optional
+from typing import Any, ContextManager, Iterable, Iterator, Optional
 
 from torch import nn
 
@@ -24,6 +24,22 @@ def unwrapped(module: Any) -> Any:
 def find_projector(model: nn.Module) -> Optional[MMFuserProjector]:
     """The projector with fuser that a model uses, wrapped by PEFT or not; None where there is none."""
     return next((module for module in map(unwrapped, model.modules()) if isinstance(module, MMFuserProjector)), None)
+
+
+def config_of(model: nn.Module) -> Any:
+    """The config of the LLaVA in a model, which may lie in a module without one."""
+    return next((module for module in model.modules() if hasattr(module, "get_vision_tower")), model).config
+
+
+@contextlib.contextmanager
+def replaced(instance: Any, name: str, function: Any) -> Iterator[None]:
+    """Within this context a method of one instance is another function."""
+    before = vars(instance).get(name)
+    setattr(instance, name, function)
+    try:
+        yield
+    finally:
+        delattr(instance, name) if before is None else setattr(instance, name, before)
 
 
 def gathered(parameters: Iterable[nn.Parameter], modifier_rank: Optional[int] = None) -> ContextManager:

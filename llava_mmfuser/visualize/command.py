@@ -9,8 +9,8 @@ import numpy as np
 
 from .drawing import draw
 from .maps import feature_maps
-from .model import Model, read_model
 from .pictures import MARK, expand, output_names, read_picture
+from .reading import Model, read_model
 
 
 class Outcome(NamedTuple):

@@ -6,8 +6,8 @@ import numpy as np
 import torch
 from PIL import Image
 
-from ..towers import capture_layers
-from .model import Model
+from ..hidden_states import capture_layers
+from .reading import Model
 
 Box = Tuple[float, float, float, float]
 

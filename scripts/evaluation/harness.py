@@ -1,4 +1,4 @@
-"""lmms-eval in an environment of its own, laid over LLaVA's, and its runs: one process per checkpoint and task."""
+"""lmms-eval by its own command, in an environment of its own that is laid over LLaVA's."""
 
 import contextlib
 import hashlib
@@ -16,6 +16,8 @@ from typing import Dict, Iterator, List, NamedTuple, Optional, Sequence
 
 from housekeeping import free_port, stop, uninterrupted
 
+from evaluation.suites import SUITES
+
 HARNESS = "lmms-eval==0.7.3"  # needs Python >= 3.10; its wish for transformers >= 4.39.2 is metadata only
 # What its LLaVA model and the tasks in suites.py import. Newer ones of those with a bound broke it or LLaVA.
 REQUIREMENTS = (
@@ -25,7 +27,7 @@ REQUIREMENTS = (
 ).split()
 # What of LLaVA's environment must not be shadowed by another version.
 KEPT = "torch torchvision transformers tokenizers accelerate peft numpy pillow safetensors sentencepiece".split()
-INSIDE = Path(__file__).resolve().parent / "inside.py"
+PLUGIN = Path(__file__).resolve().parent / "plugin"
 
 
 def environment(root: Path) -> Path:
@@ -36,7 +38,7 @@ def environment(root: Path) -> Path:
     """
     if sys.version_info < (3, 10):
         raise ValueError(f"Python is {sys.version.split()[0]}: {HARNESS} needs 3.10 or later, as LLaVA advises")
-    own = _installed()
+    own = installed()
     kept = [f"{name}=={own[name].split('+')[0]}" for name in KEPT if name in own]
     lacking = [name for name in ("torch", "transformers") if name not in own]
     if lacking:
@@ -65,7 +67,7 @@ def environment(root: Path) -> Path:
     return python
 
 
-def _installed() -> Dict[str, str]:
+def installed() -> Dict[str, str]:
     found = importlib.metadata.distributions()
     return {(one.metadata["Name"] or "").lower().replace("-", "_"): one.version for one in found}
 
@@ -98,25 +100,6 @@ def running(command: Sequence[str], **options) -> Iterator[subprocess.Popen]:
         stop(started)  # a launcher passes it on to its own groups
 
 
-def describe(python: Path, names: List[str], include: Optional[str]) -> Dict:
-    """What inside.py says about these names."""
-    with tempfile.TemporaryDirectory() as folder:
-        out = Path(folder) / "tasks.json"
-        command = [
-            str(python),
-            str(INSIDE),
-            "describe",
-            str(out),
-            *names,
-            *(["--include_path", include] * bool(include)),
-        ]
-        with running(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
-            complaint = process.communicate()[1]
-        if process.returncode:
-            raise ValueError(f"lmms-eval does not start in {python.parent.parent}:\n{complaint[-3000:]}")
-        return json.loads(out.read_text())
-
-
 class Model(NamedTuple):
     """A checkpoint as LLaVA loads it: path or hub name, base, and the name by which LLaVA knows its kind."""
 
@@ -136,26 +119,29 @@ def files(folder: Path, pattern: str = "*") -> List:
     return [(str(path.relative_to(folder)), path.stat().st_size, path.stat().st_mtime_ns) for path in found]
 
 
-def score(python: Path, model: Model, task: str, target: Path, gpus: int, model_args: str, flags: List[str]) -> None:
-    """Ask one task of one checkpoint: `target` gets lmms-eval's results and samples. Raises ValueError with the reason.
+def score(
+    python: Path, model: Model, tasks: Sequence[str], target: Path, gpus: int, model_args: str, flags: Sequence[str]
+) -> None:
+    """Ask these tasks of one checkpoint: `target` gets lmms-eval's results and samples.
 
-    Its output goes to a log beside `target`, the progress of it to the terminal.
+    Its output and progress go to a log beside `target`. Raises ValueError with the reason.
     """
-    place = {0: ["device=cpu", "device_map=auto"]}.get(gpus, [])
-    arguments = ",".join(["pretrained=" + re.sub(r"[=,]", "_", model.name), *place, *filter(None, [model_args])])
-    launch = [str(python)]
+    arguments = [f"pretrained={model.path}", f"model_name={model.name}", *([f"base={model.base}"] * bool(model.base))]
+    arguments += ["device=cpu", "device_map=auto"] * (gpus == 0) + [model_args] * bool(model_args)
+    command = [str(python), "-m", "lmms_eval"]
     if gpus > 1:
-        launch += ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", str(gpus)]
-        launch += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
-        launch += ["--main_process_port", str(free_port())]
+        launch = f"--multi_gpu --num_processes {gpus} --num_machines 1 --mixed_precision no --dynamo_backend no"
+        launch = f"accelerate.commands.launch {launch} --main_process_port {free_port()} -m lmms_eval"
+        command[2:] = launch.split()
     log = target.with_name(target.name + ".log")
     target.parent.mkdir(parents=True, exist_ok=True)
     with _scratch(target.parent, target.name) as made, open(log, "wb") as output:
-        command = [*launch, str(INSIDE), "score", "--model", "llava", "--model_args", arguments, "--tasks", task]
+        command += ["--model", "llava_and_pictures", "--model_args", ",".join(arguments), "--tasks", ",".join(tasks)]
         command += ["--output_path", str(made), "--log_samples", *flags]
-        environ = {**os.environ, "EVALUATE_MODEL": json.dumps(model), "TRANSFORMERS_VERBOSITY": "error"}
+        paths = os.pathsep.join(filter(None, [str(PLUGIN), os.environ.get("PYTHONPATH")]))
+        environ = {**os.environ, "PYTHONPATH": paths, "EVALUATE_PICTURES": str(made), "TRANSFORMERS_VERBOSITY": "error"}
         with running(command, env=environ, stdout=output, stderr=subprocess.STDOUT) as process:
-            _wait(process, log)
+            process.wait()
         found = list(made.glob("*/[0-9]*_results.json"))  # lmms-eval ends with 0 after an error, too
         if process.returncode or len(found) != 1:
             raise ValueError(f"{_reason(log.read_text(errors='replace'))} (log: {log})")
@@ -167,40 +153,45 @@ def score(python: Path, model: Model, task: str, target: Path, gpus: int, model_
         made.rename(target)
 
 
-def _wait(process: subprocess.Popen, log: Path) -> None:
-    shown = ""
-    while process.poll() is None:
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(1)
-        if sys.stderr.isatty():
-            with open(log, "rb") as lines:
-                lines.seek(max(0, log.stat().st_size - 2000))
-                bars = re.findall(r"[^\r\n]*%\|[^\r\n]*", lines.read().decode(errors="replace"))
-            if bars and bars[-1] != shown:
-                shown = bars[-1]
-                sys.stderr.write(f"\r\033[K{shown[:120]}")
-    if shown:
-        sys.stderr.write("\r\033[K")
+NO_DATA = (
+    "its data could not be read: {}. Get it once with network and HF_TOKEN set; it is kept below HF_HOME (here {}), "
+    "which you may copy, then with HF_DATASETS_OFFLINE=1; or give a task of your own that reads local files, by "
+    "--include_path DIR"
+)
 
 
 def _reason(log: str) -> str:
-    """The error that a log ends with."""
+    """The error that a log ends with, and what to do."""
     errors = re.findall(r"^(?:\w+\.)*(\w*(?:Error|Exception|NotFound|IsEnabled)\w*: .*)$", log, re.MULTILINE)
     errors = [error for error in errors if not error.startswith("RetryError")]
     reason = (errors or log.strip().splitlines() or ["no output"])[-1].strip()
-    return f"NO DATA: {reason}" if re.search(r"in (download|load_dataset)\b", log) else reason
+    unknown = re.match(r"ValueError: Tasks not found: (.*)\. Try", reason)
+    if unknown:
+        return (
+            f"{unknown[1]} is neither a suite ({', '.join(SUITES)}) nor a task of lmms-eval; "
+            f"`python -m lmms_eval tasks list` prints its tasks, and tasks of your own need --include_path DIR"
+        )
+    if re.search(r"in (download|load_dataset)\b", log):
+        return NO_DATA.format(reason, os.environ.get("HF_HOME", "~/.cache/huggingface"))
+    return reason
 
 
-def results(target: Path, task: str) -> Dict:
-    """What lmms-eval found for a task: metric -> number."""
-    found = json.loads((target / "results.json").read_text())["results"][task]
+def results(target: Path) -> Dict[str, Dict[str, float]]:
+    """What lmms-eval found: task -> metric -> number."""
+    found = json.loads((target / "results.json").read_text())["results"]
+    tasks = [file.name[len("samples_") : -len(".jsonl")] for file in sorted(target.glob("samples_*.jsonl"))]
+    return {task: _numbers(found[task]) for task in tasks}
+
+
+def _numbers(found: Dict) -> Dict[str, float]:
     scores = {name.split(",")[0]: value for name, value in found.items() if "_stderr" not in name}
-    numbers = (int, float)
-    return {name: value for name, value in scores.items() if isinstance(value, numbers) and value == value}
+    return {name: value for name, value in scores.items() if isinstance(value, (int, float)) and value == value}
 
 
 def answers(target: Path, task: str, metric: str) -> Dict:
-    """Question -> what lmms-eval logged for `metric`; a question that is not of this metric is absent."""
+    """Question -> what lmms-eval logged for `metric`, and the picture; a question not of this metric is absent."""
+    lines = [line for file in target.glob("pictures_*.jsonl") for line in file.read_text().splitlines()]
+    pictures = {number: picture for of, number, picture in map(json.loads, lines) if of == task}
     with open(target / f"samples_{task}.jsonl", encoding="utf-8") as lines:
         samples = [json.loads(line) for line in lines]
-    return {sample["doc_id"]: sample[metric] for sample in samples if metric in sample}
+    return {one["doc_id"]: (one[metric], pictures[one["doc_id"]]) for one in samples if metric in one}

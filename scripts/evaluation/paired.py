@@ -1,20 +1,28 @@
-"""Two checkpoints on the same questions: the mean difference and its bootstrap interval."""
+"""Two checkpoints on the same questions: the mean difference, and what may be said about it."""
 
-from typing import Any, Dict, List, NamedTuple, Optional, Sequence
+from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Tuple
 
 import numpy as np
+from scipy import stats
 
 RESAMPLES, SEED = 10000, 0
-Answers = Dict[Any, Any]  # question -> what lmms-eval logged for one metric
+Answers = Dict[Any, Tuple[Any, str]]  # question -> what lmms-eval logged for one metric, and the picture
 
 
 class Difference(NamedTuple):
-    """Mean per-question difference, a 95 % interval, the questions, and whether they average to the metric itself."""
+    """`low` and `high` are a 95 % interval for other pictures; one with 0 in it does not show a difference.
+
+    `seen` is the smallest difference that such a run sees with a power of 80 %. `p` is McNemar's exact test, where
+    answers are right or wrong; it takes questions as independent. `additive`: the questions average to the metric.
+    """
 
     mean: float
     low: float
     high: float
+    seen: float
+    p: Optional[float]
     questions: int
+    pictures: int
     additive: bool
 
 
@@ -58,31 +66,60 @@ def difference(
             the difference is that of the questions' scores, times 100.
         scale: from lmms-eval's numbers to the table's.
 
-    Raises ValueError where the two did not answer the same questions.
+    Returns:
+        None where a question has no score of its own, or all show one picture.
+
+    Raises:
+        ValueError: the two did not answer the same questions.
     """
-    pairs, additive = [], True
+    values, pictures, additive = [], [], True
     for index, (first, second) in enumerate(zip(ours, theirs)):
         if first.keys() != second.keys():
             raise ValueError(f"{len(first.keys() ^ second.keys())} questions were asked of one checkpoint only")
-        values = [[question_score(part[question]) for question in first] for part in (first, second)]
-        if not first or any(value is None for row in values for value in row):
+        pair = [[question_score(part[question][0]) for question in first] for part in (first, second)]
+        if not first or any(value is None for row in pair for value in row):
             return None
-        pairs.append(np.array(values, dtype=float))  # [2, questions]
-        said = [checkpoint[index] for checkpoint in scores]
-        additive &= bool(np.allclose(pairs[-1].mean(1), said, atol=1e-4))
+        values.append(np.array(pair, dtype=float))  # [2, questions]
+        pictures.append([picture for _, picture in first.values()])
+        additive &= bool(np.allclose(values[-1].mean(1), [said[index] for said in scores], atol=1e-4))
+    number = {picture: row for row, picture in enumerate(dict.fromkeys(sum(pictures, [])))}
+    if len(number) < 2:
+        return None
+    rows = [[number[picture] for picture in shown] for shown in pictures]
+    # Several questions share a picture and its difficulty, so that pictures are drawn, not questions. [tasks, pictures]
+    sums = [np.bincount(row, pair[0] - pair[1], len(number)) for row, pair in zip(rows, values)]
+    counts = [np.bincount(row, minlength=len(number)) for row in rows]
+    mean, low, high, error = interval(np.array(sums), np.array(counts))
     unit = scale if additive else 100.0
-    random = np.random.default_rng(SEED)
-    means = np.mean([_resampled(pair[0] - pair[1], random) for pair in pairs], 0)  # [RESAMPLES]
-    low, high = np.percentile(means, (2.5, 97.5)) * unit
-    mean = float(np.mean([(pair[0] - pair[1]).mean() for pair in pairs])) * unit
-    return Difference(mean, float(low), float(high), sum(pair.shape[1] for pair in pairs), additive)
+    flat = np.concatenate(values, 1)
+    p = None
+    if set(flat.flat) <= {0.0, 1.0}:
+        better, worse = int((flat[0] > flat[1]).sum()), int((flat[0] < flat[1]).sum())
+        p = float(stats.binomtest(better, better + worse).pvalue) if better + worse else 1.0
+    seen = float(stats.norm.ppf(0.975) + stats.norm.ppf(0.8)) * error
+    return Difference(mean * unit, low * unit, high * unit, seen * unit, p, flat.shape[1], len(number), additive)
 
 
-def _resampled(values: np.ndarray, random: np.random.Generator) -> np.ndarray:
-    """Means of RESAMPLES samples drawn with replacement; equal values are drawn together, so that many cost little."""
-    kinds, counts = np.unique(values, return_counts=True)
-    means = [
-        random.multinomial(len(values), counts / len(values), size=RESAMPLES // 20) @ kinds / len(values)
-        for _ in range(20)
-    ]
-    return np.concatenate(means)
+def interval(sums: np.ndarray, counts: np.ndarray) -> Tuple[float, float, float, float]:
+    """Mean over tasks of all questions' mean, its 95 % interval and standard error, for other pictures.
+
+    Args:
+        sums, counts: of the differences of a picture's questions, [tasks, pictures].
+    """
+
+    def statistic(*parts: np.ndarray, axis: int) -> np.ndarray:
+        asked = [np.maximum(part.sum(axis), 1) for part in parts[len(sums) :]]
+        return np.mean([part.sum(axis) / count for part, count in zip(parts, asked)], 0)
+
+    found = stats.bootstrap(
+        (*sums, *counts),
+        statistic,
+        paired=True,
+        vectorized=True,
+        n_resamples=RESAMPLES,
+        batch=max(1, 2**22 // sums.shape[1]),
+        method="percentile",
+        random_state=np.random.default_rng(SEED),
+    )
+    low, high = map(float, found.confidence_interval)
+    return float(statistic(*sums, *counts, axis=-1)), low, high, float(found.standard_error)

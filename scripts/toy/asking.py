@@ -75,10 +75,8 @@ def _ask(tokenizer, model, processor, data: Path, records: Sequence[dict], devic
 
 def right(answers: Answers, records: Sequence[dict]) -> Dict[str, List[int]]:
     """For each kind of question and each picture: 1 if the answer is exactly right, else 0."""
-    return {
-        kind: [int(text == str(record[kind])) for text, record in zip(given, records)]
-        for kind, given in answers.items()
-    }
+    wanted = {kind: [str(record[kind]) for record in records] for kind in answers}
+    return {kind: [int(text == right) for text, right in zip(answers[kind], wanted[kind])] for kind in answers}
 
 
 def accuracy(answers: Answers, records: Sequence[dict]) -> Dict[str, float]:

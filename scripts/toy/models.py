@@ -1,5 +1,6 @@
 """Tokenizer, language model and CLIP tower, all made offline. A given seed always makes the same things."""
 
+import functools
 import io
 import json
 from pathlib import Path
@@ -58,25 +59,11 @@ def make_tokenizer(folder: PathLike, corpus: Optional[Sequence[Tuple[str, str]]]
     folder.mkdir(parents=True, exist_ok=True)
     sentences = "\n".join(map(" ".join, corpus or reading_texts())).replace("</s>", "\n").split("\n")
     model = io.BytesIO()
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=filter(None, sentences),
-        model_writer=model,
-        vocab_size=vocab_size,
-        model_type="bpe",
-        hard_vocab_limit=False,
-        normalization_rule_name="identity",
-        remove_extra_whitespaces=False,
-        character_coverage=1.0,
-        byte_fallback=False,
-        split_digits=True,
-        num_threads=1,
-        user_defined_symbols=["\n"],
-        unk_id=0,
-        bos_id=1,
-        eos_id=2,
-        pad_id=-1,
-        minloglevel=2,
-    )
+    options = dict(model_type="bpe", vocab_size=vocab_size, hard_vocab_limit=False, character_coverage=1.0)
+    options.update(normalization_rule_name="identity", remove_extra_whitespaces=False, byte_fallback=False)
+    options.update(split_digits=True, user_defined_symbols=["\n"], unk_id=0, bos_id=1, eos_id=2, pad_id=-1)
+    options.update(sentence_iterator=filter(None, sentences), model_writer=model, num_threads=1, minloglevel=2)
+    sentencepiece.SentencePieceTrainer.train(**options)
     (folder / "tokenizer.model").write_bytes(model.getvalue())
     tokenizer = LlamaTokenizer(str(folder / "tokenizer.model"), legacy=True, model_max_length=512)
     tokenizer.save_pretrained(folder)
@@ -103,18 +90,9 @@ def make_llama(
     corpus = list(corpus or reading_texts())
     tokenizer = make_tokenizer(folder, corpus[:500])
     torch.manual_seed(seed)
-    model = LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=len(tokenizer),
-            hidden_size=hidden_size,
-            intermediate_size=hidden_size * 3,
-            num_hidden_layers=num_hidden_layers,
-            num_attention_heads=num_attention_heads,
-            max_position_embeddings=1024,
-            bos_token_id=1,
-            eos_token_id=2,
-        )
-    )
+    sizes = dict(hidden_size=hidden_size, intermediate_size=hidden_size * 3, vocab_size=len(tokenizer))
+    sizes.update(num_hidden_layers=num_hidden_layers, num_attention_heads=num_attention_heads)
+    model = LlamaForCausalLM(LlamaConfig(**sizes, max_position_embeddings=1024, bos_token_id=1, eos_token_id=2))
     if steps:
         _train_llama(model, tokenizer, corpus, steps, seed)
     model.save_pretrained(folder)
@@ -129,11 +107,9 @@ def _train_llama(model, tokenizer, corpus: Sequence[Tuple[str, str]], steps: int
         inputs = [torch.tensor(read[row] + learn[row]) for row in rows]
         labels = [torch.tensor([-100] * len(read[row]) + learn[row]) for row in rows]
         mask = [torch.ones_like(row) for row in inputs]
-        inputs, labels, mask = (
-            torch.nn.utils.rnn.pad_sequence(part, batch_first=True, padding_value=value)
-            for part, value in ((inputs, 0), (labels, -100), (mask, 0))
-        )
-        return model(input_ids=inputs, attention_mask=mask, labels=labels).loss
+        padded = {"input_ids": (inputs, 0), "attention_mask": (mask, 0), "labels": (labels, -100)}
+        pad = functools.partial(torch.nn.utils.rnn.pad_sequence, batch_first=True)
+        return model(**{name: pad(part, padding_value=value) for name, (part, value) in padded.items()}).loss
 
     _fit("language model", loss, model.parameters(), 2e-3, len(read), batch, steps, seed)
 

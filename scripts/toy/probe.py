@@ -13,6 +13,16 @@ from .pictures import LIGHTS, PLACES, QUESTIONS
 TRAIN, HELDOUT = 2000, 400  # pictures
 
 
+def tower_and_pictures(world: Path, split: str, count: int):
+    """The world's tower, and the first pictures of a split: their records and pixels."""
+    from transformers import CLIPImageProcessor, CLIPVisionModel
+
+    records = json.loads((world / "data" / f"{split}.json").read_text())[:count]
+    images = [Image.open(world / "data" / record["image"]) for record in records]
+    pixels = CLIPImageProcessor.from_pretrained(world / "clip")(images, return_tensors="pt").pixel_values
+    return CLIPVisionModel.from_pretrained(world / "clip"), records, pixels
+
+
 @torch.no_grad()
 def probe(world: Path) -> List[Dict[str, float]]:
     """Per hidden_states index up to LLaVA's -2: the fraction of held-out numbers, places and lights that a patch tells.
@@ -20,15 +30,10 @@ def probe(world: Path) -> List[Dict[str, float]]:
     Number and place are read at the patch in the number's middle, the light at the patch in the middle of the picture,
     by ridge regression on standardised features, fitted on training pictures.
     """
-    from transformers import CLIPImageProcessor, CLIPVisionModel
-
-    model = CLIPVisionModel.from_pretrained(world / "clip")
-    processor = CLIPImageProcessor.from_pretrained(world / "clip")
     splits = []
     for name, count in (("pretrain", TRAIN), ("heldout", HELDOUT)):
-        records = json.loads((world / "data" / f"{name}.json").read_text())[:count]
-        images = [Image.open(world / "data" / record["image"]) for record in records]
-        splits.append((records, embed(model, processor(images, return_tensors="pt").pixel_values)))
+        model, records, pixels = tower_and_pictures(world, name, count)
+        splits.append((records, embed(model, pixels)))
     accuracies = []
     for layer in range(model.config.num_hidden_layers):
         if layer:

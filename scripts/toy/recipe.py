@@ -26,9 +26,18 @@ ENVIRONMENT = {
 PRELOADED = ["llava.train.train", "llava.model.builder", "torch._dynamo", "deepspeed"]
 STAGES = ("pretrain", "finetune")
 STEPS = {"pretrain_steps": (150, "steps of stage 1"), "finetune_steps": (250, "steps of stage 2")}
-# A rate of its own, or the gates hardly open in so few steps; two points, because four would reach half of the map.
-FUSER = {"mm_fuser_lr": 1e-2, "mm_fuser_num_heads": 4, "mm_fuser_num_points": 2}
 DEMO = {"per_device_train_batch_size": 16, "learning_rate": 2e-3, "model_max_length": 512}
+
+
+SETTINGS = dict(  # of both stages
+    part.split("=")
+    for part in (
+        "mm_projector_type=mmfuser mm_vision_select_layer=-2 mm_use_im_start_end=False mm_use_im_patch_token=False "
+        "bf16=True use_cpu=True num_train_epochs=1 per_device_train_batch_size=4 gradient_accumulation_steps=1 "
+        "save_strategy=no weight_decay=0.0 warmup_ratio=0.03 lr_scheduler_type=cosine logging_steps=1 "
+        "model_max_length=256 dataloader_num_workers=0 lazy_preprocess=True report_to=none"
+    ).split()
+)
 
 
 def train_py() -> Path:
@@ -46,34 +55,9 @@ def train_arguments(world: Path, output: Path, stage: str = "pretrain", **option
         options: flags to override or add; None drops one.
     """
     pretrain = stage == "pretrain"
-    flags = dict(
-        model_name_or_path=world / "llama",
-        version="plain" if pretrain else "v1",
-        data_path=world / "data" / f"{stage}.json",
-        image_folder=world / "data",
-        vision_tower=world / "clip",
-        mm_projector_type="mmfuser",
-        tune_mm_mlp_adapter=pretrain,
-        mm_vision_select_layer=-2,
-        mm_use_im_start_end=False,
-        mm_use_im_patch_token=False,
-        bf16=True,
-        use_cpu=True,
-        output_dir=output,
-        num_train_epochs=1,
-        per_device_train_batch_size=4,
-        gradient_accumulation_steps=1,
-        save_strategy="no",
-        learning_rate=1e-3 if pretrain else 2e-4,
-        weight_decay=0.0,
-        warmup_ratio=0.03,
-        lr_scheduler_type="cosine",
-        logging_steps=1,
-        model_max_length=256,
-        dataloader_num_workers=0,
-        lazy_preprocess=True,
-        report_to="none",
-    )
+    flags = {**SETTINGS, "version": "plain" if pretrain else "v1", "learning_rate": 1e-3 if pretrain else 2e-4}
+    flags.update(model_name_or_path=world / "llama", vision_tower=world / "clip", image_folder=world / "data")
+    flags.update(data_path=world / "data" / f"{stage}.json", tune_mm_mlp_adapter=pretrain, output_dir=output)
     if not pretrain:
         flags.update(image_aspect_ratio="pad", group_by_modality_length=True)
     flags.update(options)

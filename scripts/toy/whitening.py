@@ -1,10 +1,11 @@
 """A control: the query map alone, whitened, so that a projector has nothing to gain from a better scale."""
 
-import json
 from pathlib import Path
 from typing import Any, Callable
 
 import torch
+
+from .probe import tower_and_pictures
 
 PICTURES = 500
 
@@ -12,14 +13,7 @@ PICTURES = 500
 @torch.no_grad()
 def fit_whitening(world: Path, file: Path) -> None:
     """Write the mean and the whitening matrix of hidden_states[-2] over training pictures."""
-    from PIL import Image
-    from transformers import CLIPImageProcessor, CLIPVisionModel
-
-    model = CLIPVisionModel.from_pretrained(world / "clip")
-    processor = CLIPImageProcessor.from_pretrained(world / "clip")
-    records = json.loads((world / "data" / "pretrain.json").read_text())[:PICTURES]
-    images = [Image.open(world / "data" / record["image"]) for record in records]
-    pixels = processor(images, return_tensors="pt").pixel_values
+    model, _, pixels = tower_and_pictures(world, "pretrain", PICTURES)
     features = model(pixels, output_hidden_states=True).hidden_states[-2][:, 1:].flatten(0, 1)
     values, vectors = torch.linalg.eigh(torch.cov(features.T))
     matrix = vectors @ torch.diag((values + 1e-3 * values.mean()).rsqrt()) @ vectors.T

@@ -28,13 +28,7 @@ def make_world(folder: Path, sizes: Dict[str, int], seed: int, say: Callable[[st
     counts = sizes["pictures"], sizes["heldout"], sizes["validation"]
     pictures.make_dataset(folder / "data", *counts, image_size=64, digit_size=24, seed=seed)
     say(f"Training the vision tower: {sizes['read_steps']} steps to read, {sizes['forget_steps']} to forget")
-    models.make_clip(
-        folder / "clip",
-        image_size=64,
-        patch_size=8,
-        pictures=folder / "data",
-        steps=(sizes["read_steps"], sizes["forget_steps"]),
-        seed=seed,
-    )
+    steps = sizes["read_steps"], sizes["forget_steps"]
+    models.make_clip(folder / "clip", image_size=64, patch_size=8, pictures=folder / "data", steps=steps, seed=seed)
     say(f"Training the language model on text, {sizes['llama_steps']} steps")
     models.make_llama(folder / "llama", steps=sizes["llama_steps"], seed=seed)

@@ -21,6 +21,7 @@ from layouts import (
     LAYERS,
     LAYOUTS,
     SAFE,
+    SHARDED,
     THEIRS,
     change_config,
     config_of,
@@ -85,7 +86,7 @@ def test_layers_may_be_spelled_in_config_json_as_on_the_command_line(take, made,
         change_config(source, mm_vision_select_layer=spelling)
         code, text, _ = cli("inspect", source)
         assert code == 1 and "layers: -8,-6,-5,-3,-2\n" in text and f"mmfuser convert {source}" in text
-        with pytest.raises(ValueError, match=f"layer=.* is a list, which needs .* llava_mmfuser convert {source}"):
+        with pytest.raises(ValueError, match=f"llava_mmfuser convert {source}"):
             if layout == "adapter":
                 load_pretrained_model(str(source), "base", "llava")
             else:
@@ -279,7 +280,7 @@ REFUSED = [
     ("theirs", ["convert"], dict(mm_vision_select_layer=[-22, -17, -12, -7, -2]), "layer -22 does not exist"),
     ("theirs", ["convert"], dict(mm_vision_select_layer=-2), "write the five layers"),
     ("theirs", ["convert"], dict(mm_projector_type="identity"), "'identity' is not allowed"),
-    ("ours", ["convert", "--to", "authors"], dict(mm_fuser_fusion="sum"), "mm_fuser_fusion='sum' .* 'mmfuser' only"),
+    ("ours", ["convert", "--to", "authors"], dict(mm_fuser_fusion="sum"), "mm_fuser_fusion=sum .* mmfuser only"),
     ("ours", ["convert", "--to", "authors"], dict(mm_fuser_num_points=2), "mm_fuser_num_points=2 .* 4 only"),
     ("ours", ["convert", "--to", "authors"], dict(mm_fuser_num_heads=8), "mm_fuser_num_heads=8 .*16 only"),
     ("ours", ["convert", "--to", "authors"], dict(mm_fuser_self_attention=False), "mm_fuser_self_attention=False"),
@@ -348,7 +349,76 @@ def test_incomplete_fuser_of_the_authors_is_refused(take, tmp_path, cli, missing
 def test_our_checkpoint_without_fuser_weights_has_nothing_to_convert(take, tmp_path, cli):
     source = take("ours", BIN)
     edit_weights(source / "pytorch_model.bin", without(".fuser."))
-    fails(cli, source, tmp_path / "out", ["convert", "--to", "authors"], "no weights of a fuser")
+    fails(cli, source, tmp_path / "out", ["convert", "--to", "authors"], "no weights of its fuser")
+
+
+@pytest.mark.parametrize("how", FORMATS)
+@pytest.mark.parametrize("layout,file", [(SAFE, "model.safetensors"), ("adapter", "mm_projector.bin")])
+@pytest.mark.parametrize("value", [float("nan"), float("-inf")])
+def test_weights_that_are_no_numbers_are_not_written(take, tmp_path, cli, how, layout, file, value):
+    kind, arguments = FORMATS[how]
+    source = take(kind, layout)
+    bias = "model.mm_projector." + ("3.bias" if kind == "theirs" else "2.bias")
+    edit_weights(source / file, lambda state: state[bias].__setitem__(5, value))
+    fails(cli, source, tmp_path / "out", arguments, f"{file}: {bias} holds NaN or Inf; .* take an earlier checkpoint")
+    if kind != "theirs":
+        code, out, _ = cli("inspect", source)
+        assert code == 0 and f"note: {file}: {bias} holds NaN or Inf" in out
+
+
+@pytest.mark.parametrize("how", FORMATS)
+def test_no_code_and_no_pointer_to_code_of_others_is_carried_along(take, tmp_path, cli, how):
+    kind, arguments = FORMATS[how]
+    source, pointer = take(kind, SAFE), {"AutoConfig": "evil.Config", "AutoTokenizer": ["evil.Tokenizer", None]}
+    for name in ("evil.py", "modeling_llava_mmfuser.py", "evil.so"):
+        (source / name).write_text("open('was-run', 'w')")
+    change_config(source, auto_map=pointer, custom_pipelines={"x": {"impl": "evil.Pipeline"}})
+    processor = {"size": 14, "image_processor": {"auto_map": pointer, "do_pad": True}}
+    (source / "processor_config.json").write_text(json.dumps(processor))
+    (source / "tokenizer.json").write_text(json.dumps({"vocab": {"auto_map": 7}}))
+    code, out, _ = cli(arguments[0], source, tmp_path / "out", *arguments[1:])
+    assert code == 0 and {"evil.py", "evil.so"} <= set(re.findall(r"[\w.]+", out.splitlines()[0])), out
+    assert not list((tmp_path / "out").glob("*evil*")) and not list((tmp_path / "out").glob("*.py"))
+    for path in (tmp_path / "out").glob("*.json"):
+        assert "evil" not in path.read_text() and path.name in ("tokenizer.json",) or "auto_map" not in path.read_text()
+    assert json.loads((tmp_path / "out" / "processor_config.json").read_text())["image_processor"] == {"do_pad": True}
+    assert json.loads((tmp_path / "out" / "tokenizer.json").read_text()) == {"vocab": {"auto_map": 7}}
+
+
+def test_links_out_of_the_folder_are_not_followed_but_those_of_the_hubs_cache_are(take, tmp_path, cli):
+    source = take("theirs", "adapter", "models--a--b/snapshots/1")
+    (tmp_path / "secret").write_text("secret")
+    os.symlink(tmp_path / "secret", source / "notes.txt")
+    message = f"notes.txt is a link to {tmp_path}/secret, outside the folder; copy the file there"
+    fails(cli, source, tmp_path / "out", ["convert"], message)
+    blob = tmp_path / "models--a--b" / "blobs" / "f00"
+    blob.parent.mkdir()
+    shutil.move(tmp_path / "secret", blob)
+    (source / "notes.txt").unlink()
+    os.symlink("../../blobs/f00", source / "notes.txt")
+    assert cli("convert", source, tmp_path / "out")[0] == 0
+    assert (tmp_path / "out" / "notes.txt").read_text() == "secret" and not (
+        tmp_path / "out" / "notes.txt"
+    ).is_symlink()
+
+
+def test_files_keep_their_permissions(take, tmp_path):
+    source = take("theirs", SAFE)
+    for name in ("tokenizer_config.json", "model.safetensors"):
+        (source / name).chmod(0o600)
+    convert(str(source), str(tmp_path / "out"))
+    for name in ("tokenizer_config.json", "model.safetensors"):
+        assert (tmp_path / "out" / name).stat().st_mode & 0o777 == 0o600
+
+
+def test_an_index_without_a_size_in_bytes_gets_one(take, tmp_path):
+    source = take("plain", SHARDED)
+    index = json.loads((source / "model.safetensors.index.json").read_text())
+    index["metadata"]["total_size"] = "many"
+    (source / "model.safetensors.index.json").write_text(json.dumps(index))
+    upgrade(str(source), str(tmp_path / "out"))
+    size = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())["metadata"]["total_size"]
+    assert abs(size - sum(value.nbytes for value in read(tmp_path / "out").values())) < 100_000
 
 
 def test_bad_places_are_refused(take, tmp_path, cli, monkeypatch):

@@ -78,7 +78,7 @@ def test_inspect_warns_about_a_fuser_that_starts_as_identity(take, cli):
     folder = take("ours", SAFE)
     edit_weights(folder / "model.safetensors", without(".fuser."))
     code, out, _ = cli("inspect", folder)
-    assert code == 0 and "warning: the model has no weights of the fuser, which starts as the identity" in out
+    assert code == 0 and "note: the model has no weights of its fuser, which starts as the identity" in out
 
 
 def test_inspect_does_not_look_for_the_tower_on_the_net(take, cli, monkeypatch):

@@ -126,7 +126,7 @@ BAD = [
     ({"mm_use_im_start_end": True}, "mm_use_im_start_end=True"),
     ({"image_aspect_ratio": "anyres"}, "image_aspect_ratio='anyres'"),
     ({"mm_patch_merge_type": "spatial_unpad"}, "mm_patch_merge_type='spatial_unpad'"),
-    ({"mm_fuser_fusion": "dense_channel"}, "They fit"),
+    ({"mm_fuser_fusion": "dense_channel"}, "weights do not fit config.json"),
     ({"mm_vision_tower": "/nowhere"}, "mm_vision_tower='/nowhere'"),
     ({"mm_projector_type": "mlp2x_gelu"}, "upgrade"),
     ({"mm_projector_type": "mlp2x_gelu", "mm_vision_select_layer": [-8, -6, -5, -3, -2]}, "convert"),
@@ -166,7 +166,7 @@ def test_incomplete_and_quantised_weights_and_loras_that_only_peft_can_merge_are
     state = load_file(folder / "model.safetensors")
     for changed, reason in (
         ({name: value for name, value in state.items() if "fuser" not in name}, "no weights of its fuser"),
-        ({name: value for name, value in state.items() if "mm_projector" not in name}, "missing 0.weight"),
+        ({name: value for name, value in state.items() if "mm_projector" not in name}, "no weights of a projector"),
         ({name: value for name, value in state.items() if name != "lm_head.weight"}, "no whole language model"),
         ({**state, "model.layers.0.mlp.up_proj.weight": torch.ones(4, dtype=torch.uint8)}, "up_proj.weight is U8"),
     ):
@@ -255,7 +255,7 @@ def test_other_folders_are_refused_on_the_way_back(made, tmp_path, cli):
         ({}, (made / "full",), "nothing is to be done"),
         ({"llava_vision_tower": None}, (), "--vision-tower"),
         ({"text_config": {"model_type": "qwen2"}}, (), "model_type='qwen2'"),
-        ({"mm_fuser_num_points": 2}, (), "They fit"),
+        ({"mm_fuser_num_points": 2}, (), "weights do not fit config.json"),
     ):
         (tmp_path / "native" / "config.json").write_text(json.dumps({**config, **changes}))
         source = arguments or (tmp_path / "native",)
@@ -280,11 +280,11 @@ def test_other_folders_are_refused_on_the_way_back(made, tmp_path, cli):
 
 
 def test_the_transformers_that_llava_pins_are_left_alone():
-    """They have no seam for a fuser; the rows of `transformers_patch` are applied as a whole or not at all."""
+    """They have no seam for a fuser; its rows are applied as a whole or not at all."""
     code = """
 import transformers.models.llava.modeling_llava
-from llava_mmfuser import patching, transformers_patch
-assert "LlavaModel" in patching.applied[transformers_patch.HOST] and not patching._originals
+from llava_mmfuser import llava_patch, patching
+assert "LlavaModel" in patching.applied[llava_patch.NATIVE] and not patching._originals
 """
     done = subprocess.run([sys.executable, "-c", code], text=True, capture_output=True)
     assert done.returncode == 0 and "llava_mmfuser" not in done.stderr, done.stderr

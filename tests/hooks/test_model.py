@@ -373,10 +373,6 @@ def test_projector_flag_that_contradicts_a_released_checkpoint_is_refused(world)
         (dict(mm_vision_select_layer=(3, 9)), "layer 9 does not exist; this vision tower has 8 blocks"),
         (dict(mm_fuser_num_heads=5), "mm_fuser_num_heads=5 does not divide the feature width 64"),
         (dict(s2=True), "s2=True together with mm_projector_type=mmfuser"),
-        (
-            dict(mm_projector_type="mlp2x_gelu", mm_vision_select_layer=[3, 7]),
-            "is a list, which needs mm_projector_type=mmfuser",
-        ),
         (dict(mm_vision_select_feature="cls"), "select feature|mm_vision_select_feature='cls'"),
     ],
 )
@@ -408,7 +404,8 @@ def test_replaced_functions_answer_as_the_originals():
     for module in PATCHES:
         importlib.import_module(module)
     for row in [row for row in sum(PATCHES.values(), ()) if row.replacement is not None]:
-        if patching.check_row(row)[0] == "absent":
+        if patching.check_row(row)[0] != "ok" or row.target not in patching._originals:  # of another host
+            assert row.host or "transformers.models.llava" in row.target
             continue
         owner, name = patching._owner(row.target)
         found, original = inspect.getattr_static(owner, name), patching._originals[row.target]

@@ -401,13 +401,13 @@ def test_released_checkpoint_answers_bit_for_bit_as_before_at_learning_rate_0(st
 def test_authors_format_is_refused_with_the_command_that_converts_it(starts, start):
     folder = starts[start]
     command = f"python -m llava_mmfuser convert {folder} {folder}-llava-mmfuser"
-    with pytest.raises(ValueError, match="a list, which needs mm_projector_type=mmfuser") as error:
+    with pytest.raises(ValueError, match="format of the authors' MMFuser fork") as error:
         load(folder, starts.world / "llama" if "adapter" in start else None)
     assert command in str(error.value)
     if start == "authors' full":
         from llava.model import LlavaLlamaForCausalLM
 
-        with pytest.raises(ValueError, match="mm_projector_type=mmfuser") as error:
+        with pytest.raises(ValueError, match="format of the authors' MMFuser fork") as error:
             LlavaLlamaForCausalLM.from_pretrained(folder)
         assert command in str(error.value)
         done = host.train(starts.world, starts.folder / "refused", model_name_or_path=folder, check=False)

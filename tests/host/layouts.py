@@ -140,6 +140,21 @@ def without(*parts):
     return drop
 
 
+def edit_header(path, change):
+    """Change the JSON header of a safetensors file, and leave its data as they are."""
+    data = path.read_bytes()
+    length = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + length])
+    change(header)
+    encoded = json.dumps(header).encode()
+    path.write_bytes(len(encoded).to_bytes(8, "little") + encoded + data[8 + length :])
+
+
+def entry_of(header, number=0):
+    """An entry of a header by the place of its data."""
+    return sorted((e for e in header.values() if "shape" in e), key=lambda e: e["data_offsets"])[number]
+
+
 def first_shard(folder):
     return sorted(folder.glob("model-*.safetensors"))[0]
 
@@ -155,6 +170,26 @@ DAMAGE = [
     ("header truncated", SAFE, lambda f: os.truncate(f / "model.safetensors", 20), "not a complete safetensors"),
     ("empty file", SAFE, lambda f: os.truncate(f / "model.safetensors", 0), "not a complete safetensors"),
     ("lfs pointer", SAFE, lambda f: (f / "model.safetensors").write_text("version https://git-lfs"), "not a complete"),
+    (
+        "shape of more numbers than bytes",
+        SAFE,
+        lambda f: edit_header(f / "model.safetensors", lambda h: entry_of(h).update(shape=[3])),
+        r"bytes 0 to \d+ are not those of \[3\] F32",
+    ),
+    (
+        "overlap",
+        SAFE,
+        lambda f: edit_header(
+            f / "model.safetensors", lambda h: entry_of(h, 1).update(data_offsets=entry_of(h)["data_offsets"])
+        ),
+        "not a complete safetensors file: .* are not those of",
+    ),
+    (
+        "unknown dtype",
+        SAFE,
+        lambda f: edit_header(f / "model.safetensors", lambda h: entry_of(h).update(dtype="F31")),
+        "is 'F31'; known are BOOL",
+    ),
     ("bin truncated", BIN, lambda f: truncate(f / "pytorch_model.bin"), "cannot be read as tensors"),
     ("adapter truncated", "adapter", lambda f: truncate(f / "mm_projector.bin"), "cannot be read as tensors"),
     ("pickle", BIN, lambda f: torch.save({"a": Malicious()}, f / "pytorch_model.bin"), "could run code"),

@@ -16,6 +16,7 @@ from pathlib import Path
 import host
 import numpy as np
 import pytest
+import score
 from evaluation import harness, paired
 from evaluation.suites import SUITES
 
@@ -65,6 +66,9 @@ if any("llava.eval.model_" in part for part in sys.orig_argv):
 """
 
 
+QUESTIONS = ("What is the number?", "Where is the number?")  # two about every picture
+
+
 def command(*arguments):
     return ["bash", ROOT / "scripts" / "evaluate.sh", *arguments]
 
@@ -76,9 +80,9 @@ def environ(**more):
     return env
 
 
-def evaluate(*arguments, code=0, cwd=None, **more):
+def evaluate(*arguments, code=0, **more):
     """Run the real bash script; return what it printed."""
-    done = host.run(command(*arguments), check=False, env=environ(**more), cwd=cwd, timeout=1500)
+    done = host.run(command(*arguments), check=False, env=environ(**more), timeout=1500)
     assert done.returncode == code, done.stdout[-6000:]
     return done.stdout
 
@@ -114,8 +118,9 @@ def asked(world, checkpoints, tmp_path_factory):
     folder = tmp_path_factory.mktemp("asked")
     (folder / "sitecustomize.py").write_text(STAY_ON_CPU)
     records = json.loads((world / "data" / "finetune.json").read_text())
+    records = [record for record in records[:8] for _ in QUESTIONS]
     lines = [
-        {"question_id": index, "image": record["image"], "text": "What is the number?"}
+        {"question_id": index, "image": record["image"], "text": QUESTIONS[index % 2]}
         for index, record in enumerate(records)
     ]
     (folder / "questions.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
@@ -139,7 +144,7 @@ def tasks(asked, tmp_path_factory):
     rows = []
     for index, (picture, options) in enumerate(zip(pictures, zip(*answers.values()))):
         right = [*options, "no such word"][index % 3]
-        rows.append({"image": str(picture), "question": "What is the number?", "answer": right.upper()})
+        rows.append({"image": str(picture), "question": QUESTIONS[index % 2], "answer": right.upper()})
     for name, part in (("toy", rows), ("other", rows[:4])):
         (folder / f"{name}.json").write_text(json.dumps(part))
         (folder / f"{name}.yaml").write_text(YAML.format(name=name, folder=folder))
@@ -152,7 +157,7 @@ def scored(checkpoints, tasks, tmp_path_factory):
     """One call that scores both: (folder of results, what was printed)."""
     folder = tmp_path_factory.mktemp("scored")
     plain, fused = checkpoints
-    asked_for = ("toy", "gqa", "mmvet", "--against", plain, "--include_path", tasks, "--output", folder)
+    asked_for = ("toy", "gqa", "mmvet", "gqs", "--against", plain, "--include_path", tasks, "--output", folder)
     return folder, evaluate(fused, *asked_for, code=1)
 
 
@@ -168,30 +173,33 @@ def test_a_local_task_scores_as_by_hand_and_as_llavas_own_script_answers(asked, 
     toy = found(folder)["suites"][0]
     truth = [record["answer"] for record in json.loads((tasks / "toy.json").read_text())]
     rights = []
-    for checkpoint, score in zip(checkpoints, (toy["against"], toy["score"])):
+    for checkpoint, said in zip(checkpoints, (toy["against"], toy["score"])):
         samples = list(folder.glob(f"{checkpoint.name}-*/toy/samples_toy.jsonl"))
         harness_says = [json.loads(line)["filtered_resps"].strip() for line in samples[0].open()]
         assert harness_says == asked[1][checkpoint], "LLaVA's script and lmms-eval differ"
         rights.append([answer.upper() == right for answer, right in zip(harness_says, truth)])
-        assert score == pytest.approx(sum(rights[-1]) / len(truth)) and 0 < score < 1
+        assert said == pytest.approx(sum(rights[-1]) / len(truth)) and 0 < said < 1
     mean = np.mean(rights[1]) - np.mean(rights[0])
     pair = toy["paired"]
     assert pair["mean"] == pytest.approx(mean) and pair["questions"] == len(truth) == 16 and pair["additive"]
+    assert pair["pictures"] == 8, "two questions about each"
     assert pair["low"] < mean < pair["high"]
     cells = row(output, "toy")
     assert cells[:3] == ["exact_match", f"{toy['score']:.3f}", f"{toy['against']:.3f}"]
-    assert cells[3].startswith(f"{mean:+.3f} [") and cells[4] == "16"
+    assert cells[3].startswith(f"{mean:+.3f} [") and cells[6] == "16 / 8"
     log = next(folder.glob("llava-mmfuser-*/toy.log")).read_text()
     assert "fuser weights: from" in log and "mmfuser" not in next(folder.glob("llava-stock-*/toy.log")).read_text()
     assert f"transformers {found(folder)['versions']['transformers']}" in output and "lmms-eval 0.7.3" in output
 
 
 @pytest.mark.fp16_cpu
-def test_missing_data_and_keys_are_named_and_other_suites_go_on(scored):
+def test_missing_data_keys_and_tasks_are_named_and_other_suites_go_on(scored):
     _, output = scored
-    assert "data set lmms-lab-encoder/GQA could not be read: " in output and "--include_path DIR" in output
+    assert "its data could not be read: " in output and "GQA" in output and "by --include_path" in output
     assert "MM-Vet: OPENAI_API_KEY is not set" in output and "HF_DATASETS_OFFLINE=1" in output
-    assert row(output, "GQA") == ["exact_match", "–", "–", "–", "–", "62", "62.8"]
+    assert "gqs is neither a suite (vqav2, gqa, vizwiz" in output and "lmms_eval tasks list" in output
+    assert row(output, "GQA") == ["exact_match", *"––––––", "62", "62.8"]
+    assert output.count("== llava-stock") == 1, "what failed for one checkpoint is not asked of the other"
 
 
 def test_an_interrupt_while_a_process_starts_ends_it(interrupted_start):
@@ -246,33 +254,30 @@ def processes(folder):
 
 @pytest.mark.fp16_cpu
 def test_an_adapter_is_scored_with_its_base_from_any_path(world, tasks, tmp_path):
-    adapter = tmp_path / "a=1,b" / "fuser-adapter"
+    adapter = tmp_path / "a=1" / "fuser-adapter"
     host.train(world, adapter, "pretrain", max_steps=1)
     assert "only a part (adapter" in evaluate(adapter, "other", code=2)
     given = (adapter, "other", "--base", world / "llama", "--include_path", tasks, "--output", tmp_path / "scores")
     assert row(evaluate(*given), "other")[0] == "exact_match"
     log = next((tmp_path / "scores").glob("llava-fuser-adapter-*/other.log")).read_text()
-    assert log.count("Loading LLaVA from base model") == 1
     assert f"fuser weights: none of 24 tensors is in {world / 'llama'}; starts as identity unless an adapter" in log
 
 
 def test_every_suites_tasks_and_metric_are_the_harnesss_and_llavas_python_stays_as_it_is():
     python = harness.environment(ENVIRONMENTS)
     assert importlib.util.find_spec("lmms_eval") is None and python.is_relative_to(ENVIRONMENTS)
-    tasks = [task for suite in SUITES.values() for task in suite.tasks]
-    about = harness.describe(python, [*tasks, "refcocog_bbox_rec", "refcoco+_bbox", "no_such"], None)
-    assert list(about["unknown"]) == ["no_such"]
+    code = """if True:
+        import json, sys
+        from lmms_eval.tasks import TaskManager
+        from lmms_eval.utils import load_yaml_config
+        index = TaskManager("ERROR").task_index
+        configs = {name: load_yaml_config(index[name]["yaml_path"]) for name in sys.argv[1:]}
+        found = {name: [str(metric["metric"]) for metric in config["metric_list"]] for name, config in configs.items()}
+        print(json.dumps(found))"""
+    names = [task for suite in SUITES.values() for task in suite.tasks]
+    metrics = json.loads(host.run([python, "-c", code, *names], env=host.environment()).stdout.splitlines()[-1])
     for suite in SUITES.values():
-        for task in suite.tasks:
-            assert suite.metric in about["tasks"][task]["metrics"], (task, about["tasks"][task])
-    assert sorted(about["members"]["refcocog_bbox_rec"]) == ["refcocog_bbox_rec_test", "refcocog_bbox_rec_val"]
-    assert about["versions"]["lmms-eval"] == harness.HARNESS.split("==")[1]
-
-
-def test_unknown_suites_are_answered_with_the_list(checkpoints, tmp_path):
-    output = evaluate(checkpoints[0], "gqs", "--output", tmp_path / "scores", code=2)
-    assert "unknown suite or task gqs. Suites: vqav2, gqa, vizwiz" in output and "gqa" in output.split("Close tasks")[1]
-    assert not (tmp_path / "scores").exists()
+        assert all(suite.metric in metrics[task] for task in suite.tasks), suite
 
 
 @pytest.mark.parametrize(
@@ -286,35 +291,84 @@ def test_unknown_suites_are_answered_with_the_list(checkpoints, tmp_path):
         (["{plain}", "--size", "7b", "gqa"], "gqa stands behind a flag; suites stand right behind CKPT"),
         (["{plain}", "gqa", "--tasks", "pope"], "--tasks is set here"),
         (["{plain}", "toy", "--include_path", "{tmp}/absent"], "absent: no such folder"),
+        (["{tmp}/a,b/c"], "no such folder"),
     ],
 )
-def test_wrong_arguments_are_refused_before_anything_is_installed(world, checkpoints, tmp_path, arguments, problem):
+def test_wrong_arguments_are_refused_before_anything_is_installed(
+    world, checkpoints, tmp_path, monkeypatch, capsys, arguments, problem
+):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("EVALUATE_ENV", str(tmp_path / "env"))
+    monkeypatch.setattr(score, "exit_on_signals", lambda: None)
     filled = [part.format(plain=checkpoints[0], llama=world / "llama", tmp=tmp_path) for part in arguments]
-    assert problem in evaluate(*filled, code=2, cwd=tmp_path, EVALUATE_ENV=str(tmp_path / "env"))
+    with pytest.raises(SystemExit) as stopped:
+        score.main(filled)
+    assert stopped.value.code == 2 and problem in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
 
 
-def test_an_environment_that_cannot_be_finished_leaves_nothing(checkpoints, tmp_path):
-    output = evaluate(checkpoints[0], "gqa", code=2, EVALUATE_ENV=str(tmp_path), PIP_NO_INDEX="1")
+def test_an_environment_that_cannot_be_finished_leaves_nothing(tmp_path):
+    output = evaluate("owner/name", "gqa", code=2, EVALUATE_ENV=str(tmp_path), PIP_NO_INDEX="1")
     assert "ended with exit code 1; nothing was left behind" in output and not list(tmp_path.iterdir())
 
 
-def test_list_needs_no_harness(tmp_path):
-    output = evaluate("--list", EVALUATE_ENV=str(tmp_path))
+def test_list_prints_every_suite(capsys):
+    assert score.main(["--list"]) == 0
+    output = capsys.readouterr().out
     assert all(f"\n{key} ({suite.title}): " in "\n" + output for key, suite in SUITES.items())
-    assert not list(tmp_path.iterdir())
+
+
+def answers(*values, pictures=None):
+    """Answers to one task, each about a picture of its own if not said otherwise."""
+    return [dict(enumerate(zip(values, pictures or range(len(values)))))]
 
 
 def test_paired_difference_is_over_the_same_questions_and_by_hand():
-    ours = [{0: 1.0, 1: 0.0, 2: 1.0, 3: 1.0}]
-    theirs = [{0: 0.0, 1: 0.0, 2: 1.0, 3: 0.0}]
+    ours, theirs = answers(1.0, 0.0, 1.0, 1.0), answers(0.0, 0.0, 1.0, 0.0)
     found = paired.difference(ours, theirs, [[0.75], [0.25]], 100.0)
-    assert (found.mean, found.questions, found.additive) == (50.0, 4, True)
+    assert (found.mean, found.questions, found.pictures, found.additive) == (50.0, 4, 4, True)
     exact = sorted(np.mean(draw) for draw in np.stack(np.meshgrid(*[[1, 0, 0, 1]] * 4), -1).reshape(-1, 4))
     assert [found.low, found.high] == [100 * exact[int(0.025 * 256)], 100 * exact[int(0.975 * 256)]]
+    assert found.p == 0.5, "two coins that fall alike"
+    assert found.seen == pytest.approx(100 * (1.960 + 0.842) * np.std(exact), rel=0.02)
     assert found == paired.difference(ours, theirs, [[0.75], [0.25]], 100.0)
+    assert paired.difference(answers(0.5), answers(0.5), [[0.5], [0.5]], 1.0) is None, "one picture"
+    assert paired.difference(answers(0.5, 1), answers(0.5, 1), [[0.75], [0.75]], 1.0).p is None, "not right or wrong"
     with pytest.raises(ValueError, match="1 questions were asked of one checkpoint only"):
-        paired.difference(ours, [{0: 0.0, 1: 0.0, 2: 1.0}], [[0.75], [0.25]], 100.0)
+        paired.difference(ours, answers(0.0, 0.0, 1.0), [[0.75], [0.25]], 100.0)
+
+
+def test_pictures_are_drawn_whole_also_over_tasks():
+    first, second = answers(1, 1, 0, 0, pictures="aabb"), answers(0, 0, 0, 0, pictures="aabb")
+    said = [[0.5], [0.0]]
+    alone = paired.difference(first, second, said, 1.0)
+    assert (alone.low, alone.high, alone.pictures) == (0.0, 1.0, 2), "either picture may be drawn twice"
+    both = paired.difference(first * 2, second * 2, [said[0] * 2, said[1] * 2], 1.0)
+    assert (both.mean, both.low, both.high, both.pictures) == (0.5, 0.0, 1.0, 2), "the second task shows the same"
+
+
+def simulated(count, effect=0.0, pictures=100, questions=10, shared=0.1):
+    """Intervals of runs whose questions share `shared` of their variance with the others about the same picture."""
+    random = np.random.default_rng(0)
+    for _ in range(count):
+        noise = shared**0.5 * random.normal(size=(pictures, 1)) + (1 - shared) ** 0.5 * random.normal(
+            size=(pictures, questions)
+        )
+        yield noise + effect, paired.interval((noise + effect).sum(1)[None], np.full((1, pictures), questions))
+
+
+def test_intervals_hold_the_truth_in_at_least_93_of_100_runs_where_questions_share_pictures(monkeypatch):
+    monkeypatch.setattr(paired, "RESAMPLES", 1000)
+    runs = list(simulated(600))
+    assert 0.93 <= np.mean([low <= 0 <= high for _, (_, low, high, _) in runs]) <= 0.97
+    naive = [abs(values.mean()) <= 1.96 * values.std() / values.size**0.5 for values, _ in runs]
+    assert np.mean(naive) < 0.87, "as if questions were independent"
+
+
+def test_the_smallest_visible_difference_is_seen_in_four_of_five_runs(monkeypatch):
+    monkeypatch.setattr(paired, "RESAMPLES", 1000)
+    error = np.mean([error for _, (*_, error) in simulated(50)])
+    assert 0.75 <= np.mean([low > 0 for _, (_, low, _, _) in simulated(400, effect=2.802 * error)]) <= 0.85
 
 
 @pytest.mark.parametrize(
@@ -328,6 +382,7 @@ def test_paired_difference_is_over_the_same_questions_and_by_hand():
     ],
 )
 def test_what_tasks_log_counts_per_question(right, wrong, said, additive):
-    found = paired.difference([{0: right, 1: wrong}], [{0: wrong, 1: wrong}], [[said], [said - said]], 100.0)
+    found = paired.difference(answers(right, wrong), answers(wrong, wrong), [[said], [said - said]], 100.0)
     assert (found.mean, found.additive) == (50.0, additive)
-    assert paired.difference([{0: {"pred": "x", "answer": ["x"]}}], [{0: 1.0}], [[1.0], [1.0]], 1.0) is None
+    without = {"pred": "x", "answer": ["x"]}
+    assert paired.difference(answers(without, without), answers(1.0, 1.0), [[1.0], [1.0]], 1.0) is None

@@ -23,8 +23,8 @@ from transformers import CLIPImageProcessor, CLIPVisionModel
 from llava_mmfuser import __main__ as command_line
 from llava_mmfuser.visualize.drawing import colours, draw
 from llava_mmfuser.visualize.maps import feature_maps, preprocess
-from llava_mmfuser.visualize.model import read_model
 from llava_mmfuser.visualize.pictures import output_names
+from llava_mmfuser.visualize.reading import read_model
 
 LAYERS = [3, 4, 5, 6, 7]  # of a tower with 8 blocks and 4 x 4 patches of 7 pixels
 
@@ -528,7 +528,7 @@ def test_command_runs_on_its_own_and_offline(models, picture, tmp_path):
     assert done.stdout.splitlines()[-1] == str(tmp_path / "out" / "wide.maps.png")
     done = host.run([*command, "--model-path", "someone/llava-of-no-one"], check=False)
     assert done.returncode == 1 and len(done.stdout.splitlines()) == 1
-    assert "neither a folder on this machine nor a model that can be downloaded" in done.stdout
+    assert "someone/llava-of-no-one is no folder on this machine, and cannot be downloaded" in done.stdout
 
 
 def test_a_bare_siglip_tower_is_shown(tmp_path):

@@ -8,13 +8,13 @@ from torch import nn
 
 from ..block.fusion import Fusion
 from ..block.kinds import FUSIONS
-from ..checkpoints.files import read_config, read_tensor
-from ..checkpoints.fit import settings_of
-from ..checkpoints.folder import read_checkpoint
+from ..checkpoints.files import read_config, read_tensors_of
+from ..checkpoints.folder import Checkpoint, read_checkpoint
+from ..checkpoints.verdict import DRAW, judge
 from ..config import MMFuserConfig
 from ..layers import LAYER_SETS, Layers
 from ..names import MARK, differences, is_fused, rename_published, without_wrapper
-from ..towers import TOWERS, check_features, kind_of, tower_config
+from ..towers import TOWERS, kind_of, tower_config
 
 _TOWER_MARK = "vision_tower.vision_tower."
 
@@ -46,25 +46,32 @@ def read_model(
         vision_tower: the tower, if not ``mm_vision_tower`` of config.json.
         layers: for a model without a fuser, see `Layers.parse`; None takes ``mm_vision_select_layer``, else -2.
         device: of the computation, which is in float32; None takes cuda where there is one, else cpu.
-
-    Raises:
-        ValueError: something cannot be found or read, is not supported, or does not belong together.
     """
     place = _device(device)
-    config = _read_config(path)
+    config = read_config(_folder(path, "config.json"))
+    if config is None:
+        raise ValueError(f"{path} has no config.json; name a folder of a LLaVA or of a {' or '.join(TOWERS)} tower")
     bare = kind_of(config.get("model_type")) is not None
-    name = vision_tower or (path if bare else config.get("mm_vision_tower"))
-    if not isinstance(name, str):
-        raise ValueError("config.json has no mm_vision_tower; give --vision-tower PATH")
-    settings = _settings(path, config, layers)
+    name: Any = vision_tower or (path if bare else config.get("mm_vision_tower"))
     try:
-        tower_settings = tower_config(name)
+        known = tower_config(name) if isinstance(name, str) else None
     except ValueError as error:
         raise ValueError(f"{error}; name a folder that has it by --vision-tower PATH") from error
-    settings = settings.resolve(tower_settings)
+    settings = MMFuserConfig() if bare else judge(Checkpoint(path, config), DRAW, known).check()
+    if known is None:
+        raise ValueError("config.json has no mm_vision_tower; give --vision-tower PATH")
+    if not is_fused(config):
+        query = Layers.parse(config.get("mm_vision_select_layer", -2))
+        if layers is not None:
+            named = layers in LAYER_SETS
+            query = Layers.parse_listed(layers, query, "--layers") if named else Layers.parse(layers, "--layers")
+        settings = MMFuserConfig(layers=query)
+    elif layers is not None:
+        raise ValueError(f"--layers={layers}, but {path} has a fuser, which knows its layers; drop the flag")
+    settings = settings.resolve(known)
     label, folders, notes = os.path.basename(os.path.abspath(path)), [path] + ([base] if base else []), []
 
-    fuser = settings.build(tower_settings.hidden_size, config.get("hidden_size", tower_settings.hidden_size))
+    fuser = settings.build(known.hidden_size, config.get("hidden_size", known.hidden_size) if is_fused(config) else 1)
     weights, source = _stored(folders, MARK, "fuser.") if is_fused(config) else ({}, "")
     if weights:
         _load(fuser, weights, source)
@@ -77,31 +84,16 @@ def read_model(
         notes.append(f"fuser: no weights in {' or '.join(folders)}; a fresh one is shown, which is the identity")
         label += ", fresh fuser"
 
-    tower, processor = _read_tower(name, tower_settings.kind)
-    if config.get("unfreeze_mm_vision_tower") or "mm_vision_tower" in (config.get("mm_tunable_parts") or ""):
+    tower, processor = _read_tower(name, known.kind)
+    if config.get("unfreeze_mm_vision_tower") or "mm_vision_tower" in str(config.get("mm_tunable_parts")):
         weights, source = _stored(folders, _TOWER_MARK)
         if weights:
             _load(tower, {key: value for key, value in weights.items() if not key.endswith("position_ids")}, source)
-        notes.append(
-            f"vision tower: {len(weights)} tuned tensors from {source}" if weights else f"vision tower: {name}"
-        )
+        notes.append(f"vision tower: {f'{len(weights)} tuned tensors from {source}' if weights else name}")
     aspect_ratio = "pad" if bare else config.get("image_aspect_ratio")
     if aspect_ratio == "anyres":
         notes.append("image_aspect_ratio=anyres: the overview of the whole picture is shown, not its tiles")
     return Model(label, tower.to(place), processor, fuser.to(place).eval(), settings, aspect_ratio, notes)
-
-
-def _read_config(path: str) -> Mapping[str, Any]:
-    config = read_config(_folder(path, "config.json"))
-    if not isinstance(config, dict):
-        raise ValueError(f"{path} has no config.json with settings; name a folder of a LLaVA or of a vision tower")
-    if kind_of(config.get("model_type")) is None and not {"mm_vision_tower", "mm_projector_type"} & set(config):
-        raise ValueError(
-            f"{path} has model_type={config.get('model_type')!r} and neither mm_vision_tower nor mm_projector_type in "
-            f"its config.json; name a LLaVA in its original format, or a {' or '.join(TOWERS)} tower"
-        )
-    check_features(config)
-    return config
 
 
 def _device(name: Optional[str]) -> torch.device:
@@ -111,17 +103,6 @@ def _device(name: Optional[str]) -> torch.device:
     except (RuntimeError, AssertionError, NotImplementedError) as error:  # PyTorch has no common type for this
         raise ValueError(f"--device {name} cannot be used here: {str(error).splitlines()[0]}") from error
     return device
-
-
-def _settings(path: str, config: Mapping[str, Any], layers: Optional[str]) -> MMFuserConfig:
-    if not is_fused(config):
-        query = config.get("mm_vision_select_layer", -2)
-        if layers in LAYER_SETS:
-            return MMFuserConfig(layers=Layers.parse_listed(layers, query, "--layers"))
-        return MMFuserConfig(layers=Layers.parse(query) if layers is None else Layers.parse(layers, "--layers"))
-    if layers is not None:
-        raise ValueError(f"--layers={layers}, but {path} has a fuser, which knows its layers; drop the flag")
-    return settings_of(config)
 
 
 def _folder(path: str, *patterns: str) -> str:
@@ -135,16 +116,12 @@ def _folder(path: str, *patterns: str) -> str:
     try:
         return snapshot_download(path, allow_patterns=list(patterns))
     except (OSError, ValueError) as error:
-        raise ValueError(
-            f"{path} is neither a folder on this machine nor a model that can be downloaded: {error}"
-        ) from error
+        raise ValueError(f"{path} is no folder on this machine, and cannot be downloaded: {error}") from error
 
 
 def _stored(folders: Sequence[str], mark: str, prefix: str = "") -> Tuple[Dict[str, torch.Tensor], str]:
-    """Tensors of the first folder that has any whose name behind `mark` starts with `prefix`, and that folder.
-
-    Names are ours, without `mark` and `prefix`; of a whole model only its own files count, as in LLaVA's loading.
-    """
+    """Tensors, by our names behind `mark` and `prefix`, of the first folder that has any, and that folder. Of a whole
+    model only its own files count, as in LLaVA's loading."""
     for folder in (_folder(folder, "*.json", "*.safetensors", "*.bin") for folder in folders):
         checkpoint = read_checkpoint(folder)
         weights = [weight for file in checkpoint.shards or checkpoint.adapters for weight in checkpoint.weights[file]]
@@ -153,7 +130,7 @@ def _stored(folders: Sequence[str], mark: str, prefix: str = "") -> Tuple[Dict[s
         rename_published(found)
         found = {name[len(prefix) :]: weight for name, weight in found.items() if name.startswith(prefix)}
         if found:
-            return {name: read_tensor(folder, weight).float() for name, weight in found.items()}, folder
+            return {name: value.float() for name, value in read_tensors_of(folder, found)}, folder
     return {}, ""
 
 

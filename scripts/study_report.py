@@ -1,13 +1,14 @@
 """The study's report: shares with intervals, paired differences to the baseline, gates, cost; the paper's tables."""
 
 from pathlib import Path
-from typing import Dict, List, Mapping, NamedTuple, Sequence, Tuple
+from typing import Dict, Iterable, List, Mapping, NamedTuple, Sequence, Tuple
 
 import numpy as np
 from scipy import stats
 from toy.pictures import QUESTIONS
 
 KINDS = tuple(QUESTIONS)
+ASKED = (*KINDS, "all")
 BASELINE = "query alone"
 Interval = Tuple[float, float]  # mean, and half the width of the 95 % interval around it
 
@@ -75,6 +76,10 @@ def steps_to(results: Sequence[dict], threshold: float, window: int = 20) -> str
     return f"{np.mean(found):.0f} ({len(found)}/{len(results)})" if found else f"never (0/{len(results)})"
 
 
+def _table(title: str, head: Sequence[str], rows: Iterable[Sequence[str]]) -> List[str]:
+    return ["", title, "", *(f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *rows))]
+
+
 def report(
     steps: Mapping[str, int],
     seeds: Sequence[int],
@@ -87,15 +92,7 @@ def report(
 ) -> str:
     """Markdown: the premise, one table per group of arms, cost.
 
-    Args:
-        steps: of both stages.
-        seeds: of the final runs.
-        offered: all trials.
-        trials: the tuned learning rate of every arm, and how many times higher that of its own weights is.
-        results: one record per seed of every arm.
-        arms: what is said about each in `study.ARMS`. An arm that others are compared with is on top of their tables.
-        probes: of `toy.probe`.
-        device: what the runs were made on.
+    `steps` are those of both stages, `offered` all trials and `trials` the tuned ones, `results` a record per seed.
     """
     questions = len(next(iter(results.values()))[0]["right"]["heldout"]["number"])
     lines = [
@@ -103,49 +100,42 @@ def report(
         f"{' + '.join(str(count) for count in steps.values())} steps, rates tuned among "
         f"{', '.join(f'{rate:g} x {times}' for rate, times in offered)} on validation pictures, on {device}. "
         f"{questions} held-out pictures. Percent right ± half of the 95 % interval over seeds and pictures; "
-        "differences are paired.",
-        "",
-        "**Premise** (percent that a linear probe reads from one patch of each map)",
-        "",
-        "| | " + " | ".join(str(layer) for layer in range(len(probes))) + " |",
-        "|---|" + "---|" * len(probes),
+        "differences are paired."
     ]
-    for kind in KINDS:
-        lines.append(f"| {kind} | " + " | ".join(f"{100 * layer[kind]:.0f}" for layer in probes) + " |")
+    lines += _table(
+        "**Premise** (percent that a linear probe reads from one patch of each map)",
+        ["", *map(str, range(len(probes)))],
+        ([kind, *(f"{100 * layer[kind]:.0f}" for layer in probes)] for kind in KINDS),
+    )
     lines += ["", premise(probes)]
+
+    def differences(arm: str, other: str) -> List[str]:
+        return [_cell(difference(results[arm], results[other], kind), "+") for kind in ASKED]
+
     for table in dict.fromkeys(table for arm in arms.values() for table in arm.tables):
         members = [name for name in results if table in arms[name].tables]
         baseline = arms[members[0]].against
         if not any(arms[name].tables[0] == table for name in members if name != baseline):
             continue  # few arms were run: nothing that other tables do not show
-        lines += ["", f"**{table[0].upper()}{table[1:]}** (+: compared with {baseline})", ""]
-        lines.append("| arm | number | place | light | all | number + | place + | light + | all + |")
-        lines.append("|---|---|---|---|---|---|---|---|---|")
+        rows = []
         for arm in dict.fromkeys([baseline, *members]):
-            cells = [_cell(interval(correctness(results[arm], kind))) for kind in (*KINDS, "all")]
-            for kind in (*KINDS, "all"):
-                compared = arm != baseline
-                cells.append(_cell(difference(results[arm], results[baseline], kind), "+") if compared else "")
-            lines.append(" | ".join([f"| {arm}", *cells]) + " |")
+            shares = [_cell(interval(correctness(results[arm], kind))) for kind in ASKED]
+            rows.append([arm, *shares, *(differences(arm, baseline) if arm != baseline else [""] * len(ASKED))])
+        title = f"**{table[0].upper()}{table[1:]}** (+: compared with {baseline})"
+        lines += _table(title, ["arm", *ASKED, *(f"{kind} +" for kind in ASKED)], rows)
     if "mmfuser" in results:
-        lines += ["", "**mmfuser compared with every other arm** (mmfuser's share less the arm's)", ""]
-        lines += ["| arm | number | place | light | all |", "|---|---|---|---|---|"]
-        for arm in results:
-            if arm != "mmfuser" and arms[arm].against == arms["mmfuser"].against:
-                cells = [_cell(difference(results["mmfuser"], results[arm], kind), "+") for kind in (*KINDS, "all")]
-                lines.append(" | ".join([f"| {arm}", *cells]) + " |")
-    lines += ["", "**Cost and training**", ""]
-    lines.append("| arm | rate | projector | seconds to train | last loss | steps to loss 0.4 | cross gate |")
-    lines.append("|---|---|---|---|---|---|---|")
+        others = [arm for arm in results if arm != "mmfuser" and arms[arm].against == arms["mmfuser"].against]
+        title = "**mmfuser compared with every other arm** (mmfuser's share less the arm's)"
+        lines += _table(title, ["arm", *ASKED], ([arm, *differences("mmfuser", arm)] for arm in others))
+    rows = []
     for arm, found in results.items():
         gates = [result["gates"]["finetune"][-1] for result in found if result["gates"]["finetune"]]
-        lines.append(
-            f"| {arm} | {trials[arm][0]:g} x {trials[arm][1]} | {found[0]['parameters']:,} "
-            f"| {np.median([result['seconds'] for result in found]):.0f} "
-            f"| {np.mean([np.mean(result['losses']['finetune'][-20:]) for result in found]):.3f} "
-            f"| {steps_to(found, 0.4)} | {f'{np.mean(gates):.3f}' if gates else ''} |"
-        )
-    return "\n".join(lines) + "\n"
+        seconds = np.median([result["seconds"] for result in found])
+        loss = np.mean([np.mean(result["losses"]["finetune"][-20:]) for result in found])
+        row = [arm, f"{trials[arm][0]:g} x {trials[arm][1]}", f"{found[0]['parameters']:,}", f"{seconds:.0f}"]
+        rows.append([*row, f"{loss:.3f}", steps_to(found, 0.4), f"{np.mean(gates):.3f}" if gates else ""])
+    head = "arm, rate, projector, seconds to train, last loss, steps to loss 0.4, cross gate"
+    return "\n".join(lines + _table("**Cost and training**", head.split(", "), rows)) + "\n"
 
 
 def draw(results: Mapping[str, List[dict]], file: Path, window: int = 20) -> None:
