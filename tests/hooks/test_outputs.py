@@ -91,7 +91,7 @@ def test_another_output_or_start_than_the_checkpoints_is_refused(world, tmp_path
 
 
 def test_authors_format_has_no_columns(tmp_path, finetuned):
-    with pytest.raises(ValueError, match="mm_fuser_output='columns' in .* cannot be expressed in the authors' format"):
+    with pytest.raises(ValueError, match="mm_fuser_output=columns in .* cannot be expressed in the authors' format"):
         convert(str(finetuned[0] / "llava-finetune"), str(tmp_path / "out"), to_authors=True)
 
 
