@@ -85,9 +85,7 @@ def _add_checkpoint_commands(commands: Any) -> None:
     kinds: Dict[Any, Dict[str, Any]] = {bool: {"type": _boolean, "nargs": "?", "const": True}, int: {"type": int}}
     for setting in dataclasses.fields(MMFuserConfig):
         kind = kinds.get(setting.type, {})
-        upgrade.add_argument(
-            "--" + FLAG_PREFIX + setting.name, dest=setting.name, help=setting.metadata["help"], **kind
-        )
+        upgrade.add_argument("--" + FLAG_PREFIX + setting.name, help=setting.metadata["help"], **kind)
 
 
 def _add_visualize(commands: Any) -> None:
@@ -195,7 +193,9 @@ def _upgrade(options: argparse.Namespace) -> int:
     from .export import native
     from .names import is_native
 
-    given = {setting.name: getattr(options, setting.name) for setting in dataclasses.fields(MMFuserConfig)}
+    given = {
+        setting.name: getattr(options, FLAG_PREFIX + setting.name) for setting in dataclasses.fields(MMFuserConfig)
+    }
     settings = {name: value for name, value in given.items() if value is not None}
     if is_native(read_config(options.input) or {}):
         if options.vision_tower:
