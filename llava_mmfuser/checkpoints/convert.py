@@ -293,13 +293,24 @@ def _index_step(checkpoint: Checkpoint, index: Dict[str, Any]) -> Step:
 
 
 def finish(
-    command: str, checkpoint: Checkpoint, out: str, steps: List[Step], config: Dict[str, Any], link: bool
+    command: str,
+    checkpoint: Checkpoint,
+    out: str,
+    steps: List[Step],
+    config: Dict[str, Any],
+    link: bool,
+    own: Optional[Mapping[str, Any]] = None,
 ) -> List[str]:
-    """Carry out `steps`, then copy the other files and at last write config.json. Returns notes for the user."""
-    steps = steps + [
-        writing.unchanged(checkpoint.path(file), file, link and file in LORA) for file in checkpoint.others
-    ]
-    steps.append(writing.text("config.json", json.dumps(config, indent=2) + "\n"))
+    """Carry out `steps`, then copy the other files and at last write config.json. Returns notes for the user.
+
+    No code of others is copied, nor what points to some, see `writing.carried`; `own` joins config.json after that.
+    """
+    made = [step.name for step in steps]
+    others, code = writing.carried(checkpoint.folder, checkpoint.others, made, LORA if link else ())
+    clean = writing.without_pointers(config)
+    code += ["auto_map in config.json"] if clean != config else []
+    steps = [*steps, *others, writing.text("config.json", json.dumps({**clean, **(own or {})}, indent=2) + "\n")]
     writing.write_folder(checkpoint.folder, out, steps, command)
-    notes = [f"left out of {out}: {', '.join(checkpoint.left_out)}"] if checkpoint.left_out else []
+    notes = writing.code_note(code)
+    notes += [f"left out of {out}: {', '.join(checkpoint.left_out)}"] if checkpoint.left_out else []
     return notes + [f"{out} is complete: {len(steps)} files"]

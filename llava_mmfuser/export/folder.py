@@ -65,7 +65,7 @@ def export(source: str, out: str, base: Optional[str] = None, plain: Optional[bo
     check_out(source, out)
     checkpoint = read_checkpoint(source)
     check_format(checkpoint, Format.OURS, "export")
-    config = checkpoint.config
+    config = writing.without_pointers(checkpoint.config)
     _check_expressible(config)
     language = _language_model(checkpoint, base)
     tower = local_folder(str(config.get("mm_vision_tower")), "mm_vision_tower")
@@ -75,24 +75,24 @@ def export(source: str, out: str, base: Optional[str] = None, plain: Optional[bo
     check_tower(config, vision)
     settings = settings_of(config).resolve(vision)
     weights = _weights(checkpoint, language, tower)
-    fuser = _fuser(settings, config, weights)
+    fuser = _fuser(source, settings, config, weights)
     weights = {to_native(name): tensor for name, tensor in weights.items()}
     blocks, notes = _stock(plain, settings, config, fuser, weights[PROJECTOR + "linear_1.weight"])
     if blocks is not None:
         weights = {name: tensor for name, tensor in weights.items() if not name.startswith(PROJECTOR + "fuser.")}
         weights[PROJECTOR + "linear_1.weight"] = tensors.of(torch.cat(list(blocks.values()), dim=1))
-    own, files = tokenizer.read(source if checkpoint.shards else language.folder, config)
-    rows = math.ceil((own + 2) / 64) * 64  # LLaVA's tokens, <image> and <pad>
+    image, pad, files = tokenizer.read(source if checkpoint.shards else language.folder, config)
+    rows = math.ceil((image + 2) / 64) * 64  # LLaVA's tokens, <image> and <pad>
     for name in ("model.language_model.embed_tokens.weight", "lm_head.weight"):
-        weights[name] = _with_rows(weights[name], own, rows)
+        weights[name] = _with_rows(weights[name], image, rows)
     layers = list(settings.layers if blocks is None else blocks)
     native = {
         **native_config(config, _clip_config(tower), settings, fuser, layers, blocks is not None),
         "torch_dtype": weights["lm_head.weight"].dtype,
-        "image_token_index": own,
-        "pad_token_id": own + 1,
+        "image_token_index": image,
+        "pad_token_id": pad,
     }
-    native["text_config"].update(vocab_size=rows, pad_token_id=own + 1, torch_dtype=native["torch_dtype"])
+    native["text_config"].update(vocab_size=rows, pad_token_id=pad, torch_dtype=native["torch_dtype"])
     files += _processor(config, native, tower, fuser)
     files += code() if blocks is None else []
     name = base or str(config.get("_name_or_path"))
@@ -222,16 +222,17 @@ def _merge(weight: Tensor, down: Tensor, up: Tensor, scale: float) -> torch.Tens
     return before + (up.read().float() @ down.read().float() * scale).to(before.dtype)
 
 
-def _fuser(settings: MMFuserConfig, config: Mapping[str, Any], weights: Mapping[str, Tensor]) -> Fusion:
+def _fuser(where: str, settings: MMFuserConfig, config: Mapping[str, Any], weights: Mapping[str, Tensor]) -> Fusion:
     """The fuser with the checkpoint's weights.
 
     Raises:
-        ValueError: there are none, or they do not fit.
+        ValueError: there are none, or they do not fit, or the projector's are not finite.
     """
     projector = {name.split(MARK)[1]: tensor for name, tensor in weights.items() if MARK in name}
     problem = misfit(config, tensors.headers(projector))
     if problem:
         raise ValueError(problem)
+    tensors.refuse_not_finite(where, projector)
     fuser = settings.build(config["mm_hidden_size"], config["hidden_size"])
     state = {name[len("fuser.") :]: t.read() for name, t in projector.items() if name.startswith("fuser.")}
     if len(state) < len(list(fuser.parameters())):
@@ -325,7 +326,7 @@ def code() -> List[Step]:
 def _processor(config: Mapping[str, Any], native: Mapping[str, Any], tower: str, fuser: Fusion) -> List[Step]:
     """How pictures and prompts become what LLaVA makes of them."""
     with open(os.path.join(tower, "preprocessor_config.json"), encoding="utf-8") as stream:
-        image = json.load(stream)
+        image = writing.without_pointers(json.load(stream))
     image.pop("feature_extractor_type", None)
     for name, sides in (("size", ("shortest_edge",)), ("crop_size", ("height", "width"))):
         if isinstance(image.get(name), int):  # as OpenAI's own folder has it

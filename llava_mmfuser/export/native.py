@@ -62,8 +62,8 @@ def upgrade(source: str, out: str, link: bool = False, settings: Optional[Mappin
     fuser = {prefix + name: value.to(getattr(torch, first.dtype)) for name, value in fresh.items()}
     link, notes = may_link(link, source, out)
     steps = with_new_shard(checkpoint, fuser, link) + code()
-    config = {**config, "vision_feature_layer": list(resolved.layers), **fuser_config(resolved)}
-    return notes + finish("upgrade", checkpoint, out, steps, config, link)
+    own = {"vision_feature_layer": list(resolved.layers), **fuser_config(resolved)}
+    return notes + finish("upgrade", checkpoint, out, steps, config, link, own)
 
 
 def export_to_llava(source: str, out: str, base: Optional[str] = None, vision_tower: Optional[str] = None) -> List[str]:
