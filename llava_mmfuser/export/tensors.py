@@ -70,7 +70,7 @@ class _Safetensors:
         data = torch.empty(end - begin, dtype=torch.uint8)
         with open(self.path, "rb", buffering=0) as stream:
             stream.seek(self.start + begin)
-            view = memoryview(data.numpy())
+            view = memoryview(data.numpy().data)
             while view:
                 count = stream.readinto(view)
                 if not count:

@@ -226,14 +226,14 @@ def _content(old: LlavaTokenizer, added: List[Dict[str, Any]]) -> Dict[str, Any]
     pieces, unknown = old.proto.pieces, old.named["unk_token"]
     if old.proto.trainer_spec.model_type == old.proto.trainer_spec.BPE:
         vocab = {piece.piece: index for index, piece in enumerate(pieces)}
-        merges = []
+        merges: List[Any] = []
         for piece in pieces:
             if piece.type in (piece.NORMAL, piece.USER_DEFINED):
-                halves = [(piece.piece[:cut], piece.piece[cut:]) for cut in range(1, len(piece.piece))]
-                halves = sorted((vocab[a], vocab[b], a, b) for a, b in halves if a in vocab and b in vocab)
-                merges += [(-piece.score, f"{a} {b}") for _, _, a, b in halves]
+                cuts = [(piece.piece[:cut], piece.piece[cut:]) for cut in range(1, len(piece.piece))]
+                halves = sorted((vocab[a], vocab[b], f"{a} {b}") for a, b in cuts if a in vocab and b in vocab)
+                merges += [(-piece.score, merge) for _, _, merge in halves]
         merges = [merge for _, merge in sorted(merges, key=lambda merge: merge[0])]
-        model = {"type": "BPE", "dropout": None, "unk_token": unknown, "fuse_unk": True}
+        model: Dict[str, Any] = {"type": "BPE", "dropout": None, "unk_token": unknown, "fuse_unk": True}
         model.update(continuing_subword_prefix=None, end_of_word_suffix=None)
         model.update(byte_fallback=old.proto.trainer_spec.byte_fallback, vocab=vocab, merges=merges)
     else:
@@ -242,7 +242,7 @@ def _content(old: LlavaTokenizer, added: List[Dict[str, Any]]) -> Dict[str, Any]
     bos = old.named["bos_token"]
     single: List[Any] = [{"SpecialToken": {"id": bos, "type_id": 0}}] * len(old.ends[0])
     single.append({"Sequence": {"id": "A", "type_id": 0}})
-    template = {
+    template: Dict[str, Any] = {
         "type": "TemplateProcessing",
         "single": single,
         "pair": [*single, {"Sequence": {"id": "B", "type_id": 1}}],
@@ -271,7 +271,8 @@ def _content(old: LlavaTokenizer, added: List[Dict[str, Any]]) -> Dict[str, Any]
 
 def _normalizer(old: LlavaTokenizer) -> Dict[str, Any]:
     """What sentencepiece does to a text before it looks for pieces, in the words of a tokenizer.json."""
-    spec, steps = old.proto.normalizer_spec, []
+    spec = old.proto.normalizer_spec
+    steps: List[Dict[str, Any]] = []
     if spec.precompiled_charsmap:
         charsmap = base64.b64encode(spec.precompiled_charsmap).decode()
         steps.append({"type": "Precompiled", "precompiled_charsmap": charsmap})
