@@ -17,7 +17,7 @@ _SENTENCES = (
     "\u041a\u043e\u0442 \u0438 \u043f\u0451\u0441. \u03ba\u03b1\u03bb\u03b7\u03bc\u03ad\u03c1\u03b1, na\u00efve \ufb01",
     "\u0645\u0627 \u0647\u0630\u0627\u061f \u05de\u05d4 \u05d6\u05d4?",
     "\u0915\u094d\u092f\u093e \u0e19\u0e35\u0e48 \ud55c\uad6d\uc5b4",
-    "e\u0301 \u1100\u1161 \u00bd\u00b2 \U0001f9d1\u200d\U0001f680\U0001f600",
+    "e\u0301 \u00bd\u00b2 \U0001f9d1\u200d\U0001f680\U0001f600",
     "```python\n\tif x:\n\t\treturn  [1]\r\n```\n\n* a\n* b",
 )
 
@@ -279,9 +279,10 @@ def _normalizer(old: LlavaTokenizer) -> Dict[str, Any]:
     if spec.remove_extra_whitespaces:
         steps += [_replace({"Regex": " {2,}"}, " "), {"type": "Strip", "strip_left": True, "strip_right": True}]
     if not old.legacy:  # a space in front of the text and behind <image>, where LLaVA splits it
-        plain = [token["content"] for token in old.added.values() if token["content"] not in old.special]
-        ends = "".join(f"|{re.escape(token)}\\z" for token in plain)
-        steps.append(_replace({"Regex": rf"(?:\A|(?<={IMAGE}))(?!{_any([*old.special, IMAGE])}{ends}|\z)"}, _MARK))
+        special = _any([*old.special, IMAGE])
+        # The tokens themselves are normalised, too, and must stay as they are.
+        alone = "".join(rf"(?!{re.escape(token['content'])}\z)" for token in old.added.values())
+        steps.append(_replace({"Regex": rf"(?:\A{alone}|(?<={IMAGE}))(?!{special}|\z)"}, _MARK))
     elif spec.add_dummy_prefix:
         steps.append({"type": "Prepend", "prepend": _MARK})
     return {"type": "Sequence", "normalizers": [*steps, _replace({"String": " "}, _MARK)]}

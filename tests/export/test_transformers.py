@@ -1,5 +1,6 @@
 """Exported folders in transformers of today, against what LLaVA's own code said (`making.py` wrote it down)."""
 
+import json
 import os
 import tempfile
 from pathlib import Path
@@ -7,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from making import KINDS, LAYERS, PLAIN, PROMPT, QUESTION, ROUNDED, WITH_BASE, pictures
+from making import KINDS, LAYERS, PLAIN, PROMPT, QUESTION, ROUNDED, TOKENIZERS, WITH_BASE, pictures
 
 MADE = Path(os.environ.get("EXPORTED") or "nowhere") / "exported"
 if not MADE.is_dir():
@@ -21,6 +22,7 @@ from transformers import (  # noqa: E402
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
     AutoProcessor,
+    AutoTokenizer,
     LlavaForConditionalGeneration,
 )
 
@@ -191,13 +193,17 @@ def test_weights_that_a_folder_lacks_start_as_the_identity(tmp_path):
                     parameter.fill_(torch.nan)
 
 
+@pytest.mark.parametrize("name", TOKENIZERS)
+def test_tokenizers_of_all_kinds_make_the_ids_of_llavas(name):
+    tokenizer = AutoTokenizer.from_pretrained(MADE / "tokenizers" / name)
+    for text, expected in json.loads((MADE / "tokenizers" / f"{name}.json").read_text()):
+        assert tokenizer(text).input_ids == expected, text
+
+
 def test_export_in_this_environment_makes_the_same_folder(tmp_path):
     export = pytest.importorskip("llava_mmfuser.export.folder", reason="llava_mmfuser is not installed").export
     export(str(MADE.parent / "llava" / "deformable"), str(tmp_path / "deformable"))
     for path in (MADE / "deformable").iterdir():
-        if path.name != "tokenizer.json":  # its merges are spelled in two ways
-            assert path.read_bytes() == (tmp_path / "deformable" / path.name).read_bytes(), path.name
-    first, second = (AutoProcessor.from_pretrained(f / "deformable").tokenizer for f in (MADE, tmp_path))
-    for text in (PROMPT, "  two spaces", " <image> x<image>\n\n y </s>z", "\n", "caf\u00e9 \u4e2d<pad>"):
-        assert first(text).input_ids == second(text).input_ids
-    assert {500, 501} <= set(first.all_special_ids) == set(second.all_special_ids)
+        assert path.read_bytes() == (tmp_path / "deformable" / path.name).read_bytes(), path.name
+    tokenizer = AutoProcessor.from_pretrained(MADE / "deformable").tokenizer
+    assert {500, 501} <= set(tokenizer.all_special_ids)
