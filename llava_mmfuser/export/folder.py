@@ -174,9 +174,10 @@ def _weights(checkpoint: Checkpoint, language: Checkpoint, tower: str) -> Dict[s
     if lora:
         trained = {**_merged(checkpoint, weights, trained), **trained}
     for name, tensor in trained.items():
-        if re.search(r"\.lora_[AB]\.", name):
+        of_tower = name.startswith(TOWER_IN_LLAVA)  # whose biases PEFT saves with --lora_bias all, trained or not
+        if re.search(r"\.lora_[AB]\.", name) or (of_tower and not checkpoint.config.get("unfreeze_mm_vision_tower")):
             continue
-        if MARK not in name and (name not in weights or weights[name].shape != tensor.shape):
+        if MARK not in name and not of_tower and (name not in weights or weights[name].shape != tensor.shape):
             raise ValueError(f"{checkpoint.folder}: {name} {list(tensor.shape)} is no weight of {language.folder}")
         weights[name] = tensor
     if not checkpoint.config.get("unfreeze_mm_vision_tower"):

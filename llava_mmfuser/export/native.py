@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+from functools import partial
 from typing import Any, Dict, List, Mapping, Optional, Tuple
 
 import torch
@@ -10,7 +11,7 @@ import torch
 from ..block.kinds import MAX_LAYERS, MAX_WIDTH, check_count
 from ..checkpoints import writing
 from ..checkpoints.convert import check_format, check_out, finish, may_link, upgrade_settings, with_new_shard
-from ..checkpoints.files import DTYPES, Weight
+from ..checkpoints.files import DTYPES, read_tensor
 from ..checkpoints.fit import misfit
 from ..checkpoints.folder import FULL, Checkpoint, name_from_path, name_problem, read_checkpoint
 from ..checkpoints.report import NAME_NOTE
@@ -42,7 +43,7 @@ def upgrade(source: str, out: str, link: bool = False, settings: Optional[Mappin
     """
     check_out(source, out)
     checkpoint, config = _read(source, "upgrade")
-    first = _first_layer(checkpoint)
+    name, first = _first_layer(checkpoint)
     layer = config["vision_feature_layer"]
     if not isinstance(layer, int):
         raise ValueError(f"vision_feature_layer={layer!r} in {source}/config.json: it fuses several layers already")
@@ -51,10 +52,11 @@ def upgrade(source: str, out: str, link: bool = False, settings: Optional[Mappin
         raise ValueError(f"vision_config has model_type={vision.get('model_type')!r}; only CLIP towers are supported")
     tower = TowerConfig("CLIP", first.shape[1], vision["num_hidden_layers"], num_deleted=0)
     check_count(tower.hidden_size, MAX_WIDTH, "hidden_size of the vision tower")
+    tensors.refuse_not_finite(source, _projector(checkpoint))
     known = {"mm_projector_type": "mlp2x_gelu", "mm_vision_select_layer": layer}
     resolved, _ = upgrade_settings(known, dict(settings or {}), "vision_config", tower)
     fresh = resolved.build(tower.hidden_size, first.shape[0]).state_dict()
-    prefix = first.name[: -len("linear_1.weight")] + "fuser."
+    prefix = name[: -len("linear_1.weight")] + "fuser."
     fuser = {prefix + name: value.to(getattr(torch, first.dtype)) for name, value in fresh.items()}
     link, notes = may_link(link, source, out)
     steps = with_new_shard(checkpoint, fuser, link) + code()
@@ -194,14 +196,23 @@ def _llava_config(
     }
 
 
-def _first_layer(checkpoint: Checkpoint) -> Weight:
-    """The weight of the projector's first layer."""
-    for weights in checkpoint.weights.values():
-        for weight in weights:
-            if weight.name.endswith("multi_modal_projector.linear_1.weight"):
-                if weight.dtype not in DTYPES.values():
-                    raise ValueError(f"{weight.file}: {weight.name} is {weight.dtype}; only floating point is allowed")
-                return weight
+def _projector(checkpoint: Checkpoint) -> Dict[str, Tensor]:
+    """The projector's weights, under their full names."""
+    found = {}
+    for weight in (weight for weights in checkpoint.weights.values() for weight in weights):
+        if "multi_modal_projector." in weight.name:
+            if weight.dtype not in DTYPES.values():
+                raise ValueError(f"{weight.file}: {weight.name} is {weight.dtype}; only floating point is allowed")
+            read = partial(read_tensor, checkpoint.folder, weight)
+            found[weight.name] = Tensor(weight.dtype, weight.shape, read)
+    return found
+
+
+def _first_layer(checkpoint: Checkpoint) -> Tuple[str, Tensor]:
+    """Name and tensor of the weight of the projector's first layer."""
+    for name, tensor in _projector(checkpoint).items():
+        if name.endswith("multi_modal_projector.linear_1.weight") and len(tensor.shape) == 2:
+            return name, tensor
     raise ValueError(f"{checkpoint.folder} has no weights of a projector (multi_modal_projector.linear_1)")
 
 

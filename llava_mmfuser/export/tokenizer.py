@@ -111,6 +111,7 @@ def read(folder: str, config: Mapping[str, Any]) -> Tuple[int, int, List[Step]]:
     settings = {
         "tokenizer_class": "PreTrainedTokenizerFast",  # takes tokenizer.json as it is
         "processor_class": "LlavaProcessor",
+        "legacy": old.legacy,  # for the way back
         **old.named,
         "pad_token": PAD,
         "extra_special_tokens": {"image_token": IMAGE},
@@ -151,11 +152,14 @@ def back(folder: str, words: str, image: int) -> Tuple[List[int], List[Step], Li
     rows = [*range(image), *behind]
     flags = ("content", "single_word", "lstrip", "rstrip", "normalized", "special")
     decoder = {rows.index(index): {name: added[index][name] for name in flags} for index in sorted(added)}
+    named = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
     config = {
         "tokenizer_class": "LlamaTokenizer",
         "legacy": legacy,
         "model_max_length": settings.get("model_max_length"),
-        **{"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<unk>"},
+        **named,
+        "pad_token": "<unk>",
+        "additional_special_tokens": [token for token in special if token not in named.values()],
         "padding_side": "right",
         **({"added_tokens_decoder": decoder} if decoder else {}),
     }

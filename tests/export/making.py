@@ -213,9 +213,15 @@ def ask_llava(folder, base=None):
     return {name: np.asarray(value) for name, value in found.items()}
 
 
+def llava_ids(text, tokenizer, image):
+    """What LLaVA makes of a text."""
+    from llava.mm_utils import tokenizer_image_token
+
+    return tokenizer_image_token(text, tokenizer, image)
+
+
 def make_exported_tokenizer(folder, out, legacy, options):
     """A tokenizer in transformers' format, and beside it what LLaVA makes of some texts."""
-    from llava.mm_utils import tokenizer_image_token
     from transformers import AutoTokenizer
 
     from llava_mmfuser.export import tokenizer
@@ -226,7 +232,7 @@ def make_exported_tokenizer(folder, out, legacy, options):
     for step in files:
         step.write(str(out / step.name), lambda count: None)
     slow = AutoTokenizer.from_pretrained(folder, use_fast=False)
-    pairs = [(text, tokenizer_image_token(text, slow, image)) for text in texts()]
+    pairs = [(text, llava_ids(text, slow, image)) for text in texts()]
     out.with_suffix(".json").write_text(json.dumps(pairs))
 
 
