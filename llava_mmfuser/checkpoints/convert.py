@@ -10,7 +10,7 @@ are left out, which the returned notes say.
 import json
 import os
 from functools import partial
-from typing import Any, Dict, List, Mapping, Optional, Tuple
+from typing import Any, Callable, Dict, List, Mapping, Optional, Tuple
 
 import torch
 
@@ -268,17 +268,27 @@ def may_link(link: bool, source: str, out: str) -> Tuple[bool, List[str]]:
     return link, []
 
 
-def with_new_shard(checkpoint: Checkpoint, tensors: Dict[str, torch.Tensor], link: bool) -> List[Step]:
-    """The model's files under the names of the first n of n + 1 shards, one more with `tensors`, and the index."""
+def with_new_shard(
+    checkpoint: Checkpoint, tensors: Dict[str, torch.Tensor], link: bool, rename: Callable[[str], str] = str
+) -> List[Step]:
+    """The model's files under the names of the first n of n + 1 shards, with their tensors renamed, one more with
+    `tensors`, and the index."""
     stem, ending = (
         ("model", ".safetensors") if checkpoint.shards[0].endswith(".safetensors") else ("pytorch_model", ".bin")
     )
     total = len(checkpoint.shards) + 1
     names = [f"{stem}-{number:05d}-of-{total:05d}{ending}" for number in range(1, total + 1)]
-    steps = [writing.unchanged(checkpoint.path(file), name, link) for file, name in zip(checkpoint.shards, names)]
+    steps = [
+        writing.renamed(checkpoint.path(file), rename)._replace(name=name)
+        if any(rename(weight.name) != weight.name for weight in checkpoint.weights[file])
+        else writing.unchanged(checkpoint.path(file), name, link)
+        for file, name in zip(checkpoint.shards, names)
+    ]
     size = sum(value.nbytes for value in tensors.values())
     steps.append(writing.added(names[-1], tensors))
-    weight_map = {w.name: name for file, name in zip(checkpoint.shards, names) for w in checkpoint.weights[file]}
+    weight_map = {
+        rename(w.name): name for file, name in zip(checkpoint.shards, names) for w in checkpoint.weights[file]
+    }
     weight_map.update(dict.fromkeys(tensors, names[-1]))
     old = checkpoint.index or {"metadata": {}}
     old_size = old["metadata"].get("total_size", sum(os.path.getsize(checkpoint.path(f)) for f in checkpoint.shards))

@@ -21,7 +21,7 @@ from ..names import MARK, Format, without_wrapper
 from ..towers import TOWERS, check_features, tower_config
 from . import stock, tensors, tokenizer
 from .card import model_card
-from .names import PROJECTOR, TOWER_IN_LLAVA, to_native
+from .names import PROJECTOR, TOWER_IN_LLAVA, to_native, to_released
 from .tensors import Tensor
 
 CODE = "modeling_llava_mmfuser"
@@ -97,7 +97,7 @@ def export(source: str, out: str, base: Optional[str] = None, plain: Optional[bo
     files += code() if blocks is None else []
     name = base or str(config.get("_name_or_path"))
     files.append(writing.text("README.md", model_card(out, name, config, settings, fuser, blocks is not None)))
-    files += tensors.steps(weights)
+    files += tensors.steps(weights if blocks is None else {to_released(name): t for name, t in weights.items()})
     files.append(json_file("config.json", native))
     writing.write_folder(source, out, files, "export")
     return notes + [f"{out} is complete: {len(files)} files"]

@@ -20,7 +20,7 @@ from ..names import MARK, Format
 from ..towers import TowerConfig, kind_of
 from . import tensors, tokenizer
 from .folder import LLAMA, VISION_TOWER, code, fuser_config, json_file, local_folder
-from .names import TOWER_IN_LLAVA, to_llava
+from .names import PROJECTOR, TOWER_IN_LLAVA, from_released, to_llava
 from .tensors import Tensor
 
 _FEATURES = {"default": "patch", "full": "cls_patch"}
@@ -43,7 +43,7 @@ def upgrade(source: str, out: str, link: bool = False, settings: Optional[Mappin
     """
     check_out(source, out)
     checkpoint, config = _read(source, "upgrade")
-    name, first = _first_layer(checkpoint)
+    first = _first_layer(checkpoint)
     layer = config["vision_feature_layer"]
     if not isinstance(layer, int):
         raise ValueError(f"vision_feature_layer={layer!r} in {source}/config.json: it fuses several layers already")
@@ -56,10 +56,9 @@ def upgrade(source: str, out: str, link: bool = False, settings: Optional[Mappin
     known = {"mm_projector_type": "mlp2x_gelu", "mm_vision_select_layer": layer}
     resolved, _ = upgrade_settings(known, dict(settings or {}), "vision_config", tower)
     fresh = resolved.build(tower.hidden_size, first.shape[0]).state_dict()
-    prefix = name[: -len("linear_1.weight")] + "fuser."
-    fuser = {prefix + name: value.to(getattr(torch, first.dtype)) for name, value in fresh.items()}
+    fuser = {PROJECTOR + "fuser." + name: value.to(getattr(torch, first.dtype)) for name, value in fresh.items()}
     link, notes = may_link(link, source, out)
-    steps = with_new_shard(checkpoint, fuser, link) + code()
+    steps = with_new_shard(checkpoint, fuser, link, from_released) + code()
     own = {"vision_feature_layer": list(resolved.layers), **fuser_config(resolved)}
     return notes + finish("upgrade", checkpoint, out, steps, checkpoint.config, link, own)
 
@@ -208,11 +207,11 @@ def _projector(checkpoint: Checkpoint) -> Dict[str, Tensor]:
     return found
 
 
-def _first_layer(checkpoint: Checkpoint) -> Tuple[str, Tensor]:
-    """Name and tensor of the weight of the projector's first layer."""
+def _first_layer(checkpoint: Checkpoint) -> Tensor:
+    """The weight of the projector's first layer."""
     for name, tensor in _projector(checkpoint).items():
         if name.endswith("multi_modal_projector.linear_1.weight") and len(tensor.shape) == 2:
-            return name, tensor
+            return tensor
     raise ValueError(f"{checkpoint.folder} has no weights of a projector (multi_modal_projector.linear_1)")
 
 

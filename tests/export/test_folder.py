@@ -15,7 +15,7 @@ pytest.importorskip("llava", reason="makes checkpoints with LLaVA")
 from llava_mmfuser.block.rivals import build_fusion  # noqa: E402
 from llava_mmfuser.export import folder, stock, tensors  # noqa: E402
 from llava_mmfuser.export.folder import export  # noqa: E402
-from llava_mmfuser.export.names import to_llava, to_native  # noqa: E402
+from llava_mmfuser.export.names import from_released, to_llava, to_native  # noqa: E402
 from llava_mmfuser.export.native import export_to_llava  # noqa: E402
 
 
@@ -362,6 +362,7 @@ def test_weights_that_are_no_numbers_are_refused(parts, made, tmp_path, cli, val
     ):
         state = load_file(source / "model.safetensors")
         name = to("model.multi_modal_projector." + weight)
+        name = name if name in state else name[len("model.") :]  # of a stock folder, which has no fuser
         if name in state:
             state[name].view(-1)[-1] = value
             save_file(state, source / "model.safetensors", metadata={"format": "pt"})
@@ -454,29 +455,31 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
     assert all(written[str(n)].unique().tolist() == [n] for n in range(40))
 
 
-OLD = {  # spelling of today -> of llava-hf's folders, and of transformers 5 where the tower has another depth
-    "model.language_model.": "language_model.model.",
-    "lm_head.": "language_model.lm_head.",
-    "model.vision_tower.vision_model.": "vision_tower.",
-    "model.multi_modal_projector.": "multi_modal_projector.",
+OTHER = {  # spelling of llava-hf's folders -> of today, and of transformers 5 where the tower has another depth
+    "language_model.model.": "model.language_model.",
+    "language_model.lm_head.": "lm_head.",
+    "vision_tower.vision_model.": "model.vision_tower.",
+    "multi_modal_projector.": "model.multi_modal_projector.",
 }
 
 
-def test_upgrade_of_a_folder_in_transformers_format_adds_a_fuser_and_nothing_else(parts, tmp_path, cli):
+@pytest.mark.parametrize("spelling", ["llava-hf's", "today's"])
+def test_upgrade_of_a_folder_in_transformers_format_adds_a_fuser_and_nothing_else(parts, tmp_path, cli, spelling):
     checkpoint = making.make_checkpoint(parts, tmp_path, "shut")
     export(str(checkpoint), str(tmp_path / "plain"), plain=True)
     state = {}
     for name, value in weights(tmp_path / "plain").items():
-        new = next(new for new in OLD if name.startswith(new))
-        state[OLD[new] + name[len(new) :]] = value
+        old = next(old for old in OTHER if name.startswith(old))
+        state[name if spelling == "llava-hf's" else OTHER[old] + name[len(old) :]] = value
     save_file(state, tmp_path / "plain" / "model.safetensors", metadata={"format": "pt"})
     flags = ("--mm_fuser_layers", "0,3,5,7", "--mm_fuser_num_heads", "4")
     code, said, complaint = cli("upgrade", tmp_path / "plain", tmp_path / "out", *flags)
     assert (code, complaint) == (0, "")
     new = weights(tmp_path / "out")
+    state = {from_released(name): value for name, value in state.items()}
     assert all(torch.equal(new[name], value) for name, value in state.items())
     fuser = {name for name in new if name not in state}
-    assert fuser and all(name.startswith("multi_modal_projector.fuser.") for name in fuser)
+    assert fuser and all(name.startswith("model.multi_modal_projector.fuser.") for name in fuser)
     before, after = (json.loads((tmp_path / n / "config.json").read_text()) for n in ("plain", "out"))
     assert after["vision_feature_layer"] == [0, 3, 5, 7] and before["vision_feature_layer"] == 7
     assert {name for name in after if after[name] != before.get(name)} == {

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import tempfile
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from making import KINDS, LAYERS, PLAIN, PROMPT, QUESTION, ROUNDED, TOKENIZERS, WITH_BASE, pictures
+from safetensors.torch import load_file, save_file
 
 MADE = Path(os.environ.get("EXPORTED") or "nowhere") / "exported"
 if not MADE.is_dir():
@@ -177,6 +179,10 @@ def test_saved_again_it_carries_its_code_and_loads(tmp_path):
 
 def test_weights_that_a_folder_lacks_start_as_the_identity(tmp_path):
     """From a folder of transformers' own LLaVA under a config with a fuser, as a start of training from there would."""
+    names = pytest.importorskip("llava_mmfuser.export.names", reason="llava_mmfuser is not installed")
+    plain = shutil.copytree(MADE / "shut", tmp_path / "plain")
+    state = {names.from_released(name): value for name, value in load_file(plain / "model.safetensors").items()}
+    save_file(state, plain / "model.safetensors", metadata={"format": "pt"})
     stock = LlavaForConditionalGeneration.from_pretrained(MADE / "shut", dtype=torch.float32)
     inputs = AutoProcessor.from_pretrained(MADE / "shut")(images=pictures()[0], text=PROMPT, return_tensors="pt")
     expected = stock(**inputs).logits
@@ -184,7 +190,7 @@ def test_weights_that_a_folder_lacks_start_as_the_identity(tmp_path):
         config = AutoConfig.from_pretrained(MADE / name, **TRUST)
         config.vision_feature_select_strategy, config.mm_fuser_projector = "default", "mlp2x_gelu"
         for _ in range(2):  # of which the second may get the first one's memory
-            model = type(load(MADE / name)).from_pretrained(MADE / "shut", config=config, dtype=torch.float32).eval()
+            model = type(load(MADE / name)).from_pretrained(plain, config=config, dtype=torch.float32).eval()
             fuser = model.model.multi_modal_projector.fuser
             assert fuser.is_identity() and all(p.isfinite().all() and p.abs().max() < 20 for p in fuser.parameters())
             torch.testing.assert_close(model(**inputs).logits, expected, rtol=0, atol=1e-4)
