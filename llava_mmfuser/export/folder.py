@@ -25,6 +25,7 @@ from .names import PROJECTOR, TOWER_IN_LLAVA, to_native, to_released
 from .tensors import Tensor
 
 CODE = "modeling_llava_mmfuser"
+PREPROCESSOR = "preprocessor_config.json"
 ARCHITECTURE = "LlavaMMFuserForConditionalGeneration"
 VISION_TOWER = "llava_vision_tower"  # key of config.json: what LLaVA calls mm_vision_tower, for the way back
 AUTO_MAP = {
@@ -94,6 +95,8 @@ def export(source: str, out: str, base: Optional[str] = None, plain: Optional[bo
     }
     native["text_config"].update(vocab_size=rows, pad_token_id=pad, torch_dtype=native["torch_dtype"])
     files += _processor(config, native, tower, fuser)
+    read = {"config.json": checkpoint.config, f"{tower}/{PREPROCESSOR}": _preprocessor(tower)}
+    notes += writing.code_note([f"auto_map in {n}" for n, c in read.items() if c != writing.without_pointers(c)])
     files += code() if blocks is None else []
     name = base or str(config.get("_name_or_path"))
     files.append(writing.text("README.md", model_card(out, name, config, settings, fuser, blocks is not None)))
@@ -324,10 +327,14 @@ def code() -> List[Step]:
     return steps + [writing.text(CODE + ".py", model)]
 
 
+def _preprocessor(tower: str) -> Dict[str, Any]:
+    with open(os.path.join(tower, PREPROCESSOR), encoding="utf-8") as stream:
+        return json.load(stream)
+
+
 def _processor(config: Mapping[str, Any], native: Mapping[str, Any], tower: str, fuser: Fusion) -> List[Step]:
     """How pictures and prompts become what LLaVA makes of them."""
-    with open(os.path.join(tower, "preprocessor_config.json"), encoding="utf-8") as stream:
-        image = writing.without_pointers(json.load(stream))
+    image = writing.without_pointers(_preprocessor(tower))
     image.pop("feature_extractor_type", None)
     for name, sides in (("size", ("shortest_edge",)), ("crop_size", ("height", "width"))):
         if isinstance(image.get(name), int):  # as OpenAI's own folder has it
@@ -346,7 +353,7 @@ def _processor(config: Mapping[str, Any], native: Mapping[str, Any], tower: str,
     }
     tokens = {name: native["text_config"].get(name) for name in ("bos_token_id", "eos_token_id")}
     return [
-        json_file("preprocessor_config.json", image),
+        json_file(PREPROCESSOR, image),
         json_file("processor_config.json", processor),
         json_file("generation_config.json", {**tokens, "pad_token_id": native["pad_token_id"]}),
         writing.text("chat_template.jinja", tokenizer.CHAT_TEMPLATE),

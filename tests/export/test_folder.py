@@ -271,6 +271,10 @@ def test_no_command_writes_code_of_others_nor_what_points_to_some(parts, made, t
         if command == "export --to llava":
             export(str(source), str(tmp_path / "native"))
             source, arguments = tmp_path / "native", ("--to", "llava")
+    if command == "export":
+        tower = with_foreign_code(shutil.copytree(parts / "clip", tmp_path / "clip"))
+        config = json.loads((source / "config.json").read_text())
+        (source / "config.json").write_text(json.dumps({**config, "mm_vision_tower": str(tower)}))
     with_foreign_code(source)
     code, said, complaint = cli(command.split()[0], source, tmp_path / "out", *arguments)
     assert (code, complaint) == (0, ""), complaint
@@ -282,6 +286,8 @@ def test_no_command_writes_code_of_others_nor_what_points_to_some(parts, made, t
     written = {path.name: path.read_text() for path in (tmp_path / "out").iterdir() if path.suffix.lower() == ".py"}
     assert bool(written) == bool(ours) and not any("code of others" in text for text in written.values())
     assert not (tmp_path / "out" / "helper.so").exists()
+    if command == "export":
+        assert "auto_map in config.json" in said and "clip/preprocessor_config.json" in said
     if "export" not in command:
         assert "helper.so" in said and "fusion.py" in said and "auto_map in tokenizer_config.json" in said
 
