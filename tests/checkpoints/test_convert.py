@@ -389,7 +389,7 @@ def test_links_out_of_the_folder_are_not_followed_but_those_of_the_hubs_cache_ar
     source = take("theirs", "adapter", "models--a--b/snapshots/1")
     (tmp_path / "secret").write_text("secret")
     os.symlink(tmp_path / "secret", source / "notes.txt")
-    message = f"notes.txt is a link to {tmp_path}/secret, outside the folder; copy the file there"
+    message = f"notes.txt is a link to {tmp_path}/secret, outside the folder; copy that file here, or delete the link"
     fails(cli, source, tmp_path / "out", ["convert"], message)
     blob = tmp_path / "models--a--b" / "blobs" / "f00"
     blob.parent.mkdir()
