@@ -90,13 +90,14 @@ def initialize_vision_modules(original, self, model_args, *args, **kwargs):
 
 
 def _check_trainer(model_args: Any) -> None:
-    lr = getattr(model_args, "mm_fuser_lr", None)
+    rates = {name: getattr(model_args, name, None) for name in ("mm_fuser_lr", "mm_fuser_gate_lr")}
     refusal = applied.get(
         "llava.train.llava_trainer",
         "it needs LLaVATrainer, which has not been imported; train with it or drop the flag",
     )
-    if lr is not None and refusal is not None:
-        raise ValueError(f"mm_fuser_lr={lr}: {refusal}")
+    for name, rate in rates.items():
+        if rate is not None and refusal is not None:
+            raise ValueError(f"{name}={rate}: {refusal}")
 
 
 def _put_fuser_in_front(projector: Any, settings: MMFuserConfig, tower: Any) -> MMFuserProjector:

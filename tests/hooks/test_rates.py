@@ -5,6 +5,7 @@ import logging
 from types import SimpleNamespace
 
 import host
+import llava.train.train as upstream
 import pytest
 import torch
 import transformers
@@ -200,6 +201,33 @@ def test_upstreams_trainer_takes_the_rate_and_the_start_says_so(world, tmp_path,
     name = f"mm_fuser_{'columns' if flags else 'cross_gate'}"
     sizes = [entry[name] for entry in history if "loss" in entry]
     assert sizes[0] < 0.03 and sizes[-1] > 0.04, "at the rest's rate it would stay below 0.02"
+
+
+@pytest.mark.parametrize(
+    "options,message",
+    [
+        (dict(mm_fuser_gate_lr="fast"), "mm_fuser_gate_lr=fast is not allowed; use a number of at least 0"),
+        (dict(mm_fuser_gate_lr="1e-2", mm_fuser_fusion="mean"), "mm_fuser_gate_lr=1e-2 has no effect with .*=mean"),
+        (dict(mm_fuser_gate_lr="inherit", mm_projector_type="mlp2x_gelu"), "mm_fuser_gate_lr was given, which needs"),
+    ],
+)
+def test_rate_that_cannot_be_is_refused_before_a_weight_is_read(world, tmp_path, options, message):
+    arguments = host.train_arguments(world, tmp_path / "llava", **options)
+    with pytest.raises(ValueError, match=message):
+        transformers.HfArgumentParser(
+            (upstream.ModelArguments, upstream.DataArguments, upstream.TrainingArguments)
+        ).parse_args_into_dataclasses([str(part) for part in arguments])
+
+
+@pytest.mark.parametrize("flag,said", [("5e-2", False), ("inherit", False)])
+def test_flag_reaches_the_trainer_and_config_json(world, tmp_path, flag, said):
+    folder = tmp_path / "llava-pretrain"
+    done = host.train(world, folder, max_steps=10, logging_steps=1, mm_fuser_gate_lr=flag)
+    assert ("what opens the fuser learns at" in done.stdout) == said
+    assert json.loads((folder / "config.json").read_text())["mm_fuser_gate_lr"] == flag
+    history = json.loads((folder / "trainer_state.json").read_text())["log_history"]
+    size = [entry["mm_fuser_cross_gate"] for entry in history if "loss" in entry][-1]
+    assert size > 0.06 if flag == "5e-2" else size <= 0.01, "ten steps of 1e-3"
 
 
 def test_flag_is_a_number_or_inherit():
