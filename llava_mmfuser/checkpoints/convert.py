@@ -6,12 +6,11 @@ memory-mapped. The returned notes say what is left out: what transformers would 
 the old order of parameters), subfolders, and code.
 """
 
-import contextlib
 import dataclasses
 import json
 import os
 from functools import partial
-from typing import Any, Dict, List, Mapping, Optional, Tuple
+from typing import Any, Callable, Dict, List, Mapping, Optional, Tuple
 
 import torch
 
@@ -21,8 +20,8 @@ from ..layers import Layers
 from ..names import MARK, Format, from_published, to_published
 from ..towers import check_features, local_tower, tower_config
 from . import writing
-from .files import DTYPES, read_json
-from .folder import LORA, POINTERS, Checkpoint, read_checkpoint, without_pointers
+from .files import DTYPES
+from .folder import LORA, Checkpoint, read_checkpoint
 from .verdict import CONVERT, TO_AUTHORS, UPGRADE, check_format, check_tower, judge
 from .writing import Step
 
@@ -175,16 +174,26 @@ def may_link(link: bool, source: str, out: str) -> Tuple[bool, List[str]]:
     return link, []
 
 
-def with_new_shard(checkpoint: Checkpoint, tensors: Dict[str, torch.Tensor], link: bool) -> List[Step]:
-    """The model's files under the names of the first n of n + 1 shards, one more with `tensors`, and the index."""
+def with_new_shard(
+    checkpoint: Checkpoint, tensors: Dict[str, torch.Tensor], link: bool, rename: Callable[[str], str] = str
+) -> List[Step]:
+    """The model's files under the names of the first n of n + 1 shards, with their tensors renamed, one more with
+    `tensors`, and the index."""
     safe = checkpoint.shards[0].endswith(".safetensors")
     stem, ending = ("model", ".safetensors") if safe else ("pytorch_model", ".bin")
     total = len(checkpoint.shards) + 1
     names = [f"{stem}-{number:05d}-of-{total:05d}{ending}" for number in range(1, total + 1)]
-    steps = [writing.unchanged(checkpoint.path(file), name, link) for file, name in zip(checkpoint.shards, names)]
+    steps = [
+        writing.renamed(checkpoint.path(file), rename)._replace(name=name)
+        if any(rename(weight.name) != weight.name for weight in checkpoint.weights[file])
+        else writing.unchanged(checkpoint.path(file), name, link)
+        for file, name in zip(checkpoint.shards, names)
+    ]
     size = sum(value.nbytes for value in tensors.values())
     steps.append(writing.added(names[-1], tensors))
-    weight_map = {w.name: name for file, name in zip(checkpoint.shards, names) for w in checkpoint.weights[file]}
+    weight_map = {
+        rename(w.name): name for file, name in zip(checkpoint.shards, names) for w in checkpoint.weights[file]
+    }
     weight_map.update(dict.fromkeys(tensors, names[-1]))
     old = checkpoint.index or {"metadata": {}}
     old_size = old["metadata"].get("total_size")
@@ -201,32 +210,24 @@ def _index_step(checkpoint: Checkpoint, index: Dict[str, Any]) -> Step:
 
 
 def finish(
-    command: str, checkpoint: Checkpoint, out: str, steps: List[Step], config: Dict[str, Any], link: bool
+    command: str,
+    checkpoint: Checkpoint,
+    out: str,
+    steps: List[Step],
+    config: Dict[str, Any],
+    link: bool,
+    own: Optional[Mapping[str, Any]] = None,
 ) -> List[str]:
-    """Carry out `steps`, copy the other files, without `POINTERS` to code of others, and at last write config.json;
-    returns notes for the user."""
-    left_out, steps = list(checkpoint.left_out), list(steps)
-    for file in checkpoint.others:
-        path = checkpoint.path(file)
-        refuse_link_out(checkpoint.folder, file)
-        content = None
-        with contextlib.suppress(ValueError):  # what is no JSON names no code
-            content = read_json(path) if file.endswith(".json") else None
-        cleaned = without_pointers(content)
-        if cleaned != content:
-            left_out.append(f"{' and '.join(POINTERS)} of {file}")
-            steps.append(writing.text(file, json.dumps(cleaned, indent=2) + "\n"))
-        else:
-            steps.append(writing.unchanged(path, file, link and file in LORA))
-    steps.append(writing.text("config.json", json.dumps(config, indent=2) + "\n"))
+    """Carry out `steps`, then copy the other files and at last write config.json. Returns notes for the user.
+
+    No code of others is copied, nor what points to some, see `writing.carried`; `own` joins config.json after that.
+    """
+    made = [step.name for step in steps]
+    others, code = writing.carried(checkpoint.folder, checkpoint.others, made, LORA if link else ())
+    clean = writing.without_pointers(config)
+    code += ["auto_map in config.json"] if clean != config else []
+    steps = [*steps, *others, writing.text("config.json", json.dumps({**clean, **(own or {})}, indent=2) + "\n")]
     writing.write_folder(checkpoint.folder, out, steps, command)
-    notes = [f"left out of {out}: {', '.join(left_out)}"] if left_out else []
+    notes = writing.code_note(code)
+    notes += [f"left out of {out}: {', '.join(checkpoint.left_out)}"] if checkpoint.left_out else []
     return notes + [f"{out} is complete: {len(steps)} files"]
-
-
-def refuse_link_out(folder: str, file: str) -> None:
-    """Raise ValueError for a symbolic link out of a folder; the hub's cache holds links to its own ``blobs``."""
-    home, target = os.path.realpath(folder), os.path.realpath(os.path.join(folder, file))
-    blobs = os.path.join(os.path.dirname(os.path.dirname(home)), "blobs")
-    if not target.startswith((home + os.sep, blobs + os.sep)):
-        raise ValueError(f"{os.path.join(folder, file)} is a link to {target}, outside the folder; copy the file there")

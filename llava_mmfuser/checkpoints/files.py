@@ -158,6 +158,13 @@ def read_tensors_of(folder: str, weights: Mapping[str, Weight]) -> Iterator[Tupl
             yield from ((key, state[weights[key].name]) for key in keys)
 
 
+def refuse_nan(where: str, name: str, value: torch.Tensor) -> None:
+    """Raise ValueError for a weight that holds NaN or Inf."""
+    if not torch.isfinite(value).all():
+        advice = "its training diverged, or the file is damaged: take an earlier checkpoint"
+        raise ValueError(f"{where}: {name} holds NaN or Inf; {advice}")
+
+
 def projector_weights(weights: Iterable[Weight]) -> Dict[str, Weight]:
     """Those of a projector, by their name behind ``mm_projector.``."""
     projector = {weight.name.split(MARK, 1)[1]: weight for weight in weights if MARK in weight.name}

@@ -19,8 +19,6 @@ LORA = ("adapter_model.safetensors", "adapter_model.bin")
 _LEFT_OUT = re.compile(
     r"(model|pytorch_model)(-.*)?\.(safetensors|bin)(\.index\.json)?|(tf|flax)_model.*|(optimizer|scheduler|rng_state).*"
 )
-_CODE = (".py", ".pyc", ".pyd", ".so")
-POINTERS = ("auto_map", "custom_pipelines")  # keys of JSON files that name code which transformers would run
 FULL, LORA_FOLDER, ADAPTER_FOLDER = "a full checkpoint", "a LoRA folder", "an adapter folder"
 MIXED = "a LoRA folder with a full checkpoint in it"
 
@@ -84,22 +82,10 @@ def read_checkpoint(folder: str) -> Checkpoint:
         listed = {name for name, shard in index["weight_map"].items() if shard == file}
         check_index(listed, weights[file], f"{os.path.join(folder, model)} and {file}")
     used = {*shards, *adapters, model, "config.json"}
-    left_out = [n for n in files if n not in used and (_LEFT_OUT.fullmatch(n) or n.lower().endswith(_CODE))]
+    left_out = [n for n in files if n not in used and _LEFT_OUT.fullmatch(n)]
     others = [name for name in files if name not in used and name not in left_out]
     folders = [name + "/" for name in entries if os.path.isdir(os.path.join(folder, name))]
-    cleaned = without_pointers(config)
-    pointers = [] if cleaned == config else [f"{' and '.join(POINTERS)} of config.json"]
-    return Checkpoint(folder, cleaned, weights, shards, adapters, index, others, left_out + folders + pointers)
-
-
-def without_pointers(content: Any) -> Any:
-    """What a JSON file holds, without `POINTERS`. A number is none, but a token's place in a vocabulary."""
-    if isinstance(content, list):
-        return [without_pointers(value) for value in content]
-    if not isinstance(content, dict):
-        return content
-    kept = {key: value for key, value in content.items() if key not in POINTERS or isinstance(value, int)}
-    return {key: without_pointers(value) for key, value in kept.items()}
+    return Checkpoint(folder, config, weights, shards, adapters, index, others, left_out + folders)
 
 
 def check_index(listed: Collection[str], weights: Iterable[Weight], files: str) -> None:

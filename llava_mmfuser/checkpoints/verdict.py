@@ -6,8 +6,6 @@ Every reason to say no is a row of `QUESTIONS`. Of weight files only headers are
 import dataclasses
 from typing import Any, Callable, Dict, List, Mapping, Optional, Tuple
 
-import torch
-
 from ..block.kinds import FUSIONS, MAX_WIDTH, check_count
 from ..config import FLAG_PREFIX, PROJECTOR_TYPE, MMFuserConfig, read_setting
 from ..layers import Layers, spell
@@ -25,7 +23,7 @@ from ..names import (
     to_published,
 )
 from ..towers import TowerConfig, check_features, check_tower_is_there
-from .files import DTYPES, Weight, read_header, read_tensors_of
+from .files import DTYPES, Weight, read_header, read_tensors_of, refuse_nan
 from .folder import MIXED, MODEL, NON_LORA, Checkpoint, folder_kind, name_from_path, name_problem
 
 # Who asks. ADAPTER is `inspect` of a file for --pretrain_mm_mlp_adapter, which translates the authors' names.
@@ -260,9 +258,7 @@ def _numbers_are_finite(of: Verdict) -> None:
     for weights in of.checkpoint.projectors().values():
         numbers = {name: weight for name, weight in weights.items() if weight.dtype in DTYPES.values()}
         for name, value in read_tensors_of(of.checkpoint.folder, numbers):
-            if not torch.isfinite(value).all():
-                advice = "its training diverged, or the file is damaged: take an earlier checkpoint"
-                raise ValueError(f"{numbers[name].file}: {numbers[name].name} holds NaN or Inf; {advice}")
+            refuse_nan(numbers[name].file, numbers[name].name, value)
 
 
 def _name_is_right(of: Verdict) -> None:
@@ -287,7 +283,7 @@ QUESTIONS: Tuple[Tuple[Callable[[Verdict], Any], Tuple[str, ...], Tuple[str, ...
     (_tower_is_known, (), (INSPECT, ADAPTER)),
     (_weights_fit, EVERY, ()),
     (_fuser_is_there, (TO_AUTHORS, EXPORT), (INSPECT, ADAPTER)),
-    (_numbers_are_finite, WRITING, (INSPECT, ADAPTER)),
+    (_numbers_are_finite, (CONVERT, TO_AUTHORS, UPGRADE), (INSPECT, ADAPTER)),  # export asks of what it has merged
     (lambda of: check_tower_is_there(of.checkpoint.config), (INSPECT,), ()),
     (_name_is_right, (), (INSPECT,)),
 )

@@ -2,18 +2,21 @@
 
 import copy
 import errno
+import functools
 import io
 import json
+import operator
 import os
 import shutil
-from functools import partial
-from typing import Any, BinaryIO, Callable, Dict, List, NamedTuple, Optional, Tuple
+from typing import Any, BinaryIO, Callable, Collection, Dict, List, NamedTuple, Optional, Tuple
 
 import torch
 
 from .files import load_bin, read_header
 
 _CHUNK = 16 << 20  # bytes
+_CODE = (".py", ".pyc", ".pyd", ".pyw", ".so", ".dll", ".dylib", ".exe", ".sh", ".bat", ".ps1")
+_POINTERS = ("auto_map", "custom_pipelines")  # keys in JSON by which transformers finds code
 
 Advance = Callable[[int], Any]
 
@@ -28,14 +31,85 @@ class Step(NamedTuple):
 
 def unchanged(source: str, name: str, link: bool) -> Step:
     """The file `source` under a name, copied or, if `link`, hard-linked."""
-    return Step(name, 0 if link else os.path.getsize(source), partial(_link if link else _copy, source))
+    return Step(name, 0 if link else os.path.getsize(source), functools.partial(_link if link else _copy, source))
+
+
+def carried(
+    folder: str, names: List[str], own: Collection[str], linked: Collection[str]
+) -> Tuple[List[Step], List[str]]:
+    """The steps that copy files of a folder which no command reads; no code, and nothing that points to code.
+
+    Args:
+        folder: where they are.
+        names: of the files.
+        own: files that the command writes itself and which are not copied, therefore.
+        linked: those to hard-link.
+
+    Returns:
+        The steps; and what is left out, for `code_note`.
+
+    Raises:
+        ValueError: a symbolic link that leads out of the folder.
+    """
+    steps, code = [], []
+    for name in names:
+        path = os.path.join(folder, name)
+        if name.lower().endswith(_CODE):
+            code.append(name)
+            continue
+        if name in own:
+            continue
+        _refuse_foreign(folder, path)
+        step = unchanged(path, name, name in linked)
+        if name.endswith(".json"):
+            try:
+                with open(path, encoding="utf-8") as stream:
+                    before = json.load(stream)
+                after = without_pointers(before)
+            except ValueError:  # nor can transformers read it
+                before = after = None
+            except RecursionError:
+                code.append(name)
+                continue
+            if after != before:
+                step = text(name, json.dumps(after, indent=2, ensure_ascii=False) + "\n")
+                code.append(f"auto_map in {name}")
+        steps.append(step)
+    return steps, code
+
+
+def code_note(code: List[str]) -> List[str]:
+    """What to tell the user about code of others."""
+    return [f"left out, because it is code of others or points to some: {', '.join(code)}"] if code else []
+
+
+def without_pointers(content: Any) -> Any:
+    """What a JSON file holds, without the entries that make transformers run code."""
+    if isinstance(content, dict):
+        pointers = {key for key in _POINTERS if not isinstance(content.get(key), (int, float))}  # else a vocabulary
+        return {key: without_pointers(value) for key, value in content.items() if key not in pointers}
+    return [without_pointers(value) for value in content] if isinstance(content, list) else content
+
+
+def _refuse_foreign(folder: str, path: str) -> None:
+    """Raise ValueError for a link to a file that is neither in the folder nor in its part of the hub's cache."""
+    folder, target = os.path.realpath(folder), os.path.realpath(path)
+    parent = os.path.dirname(folder)
+    cache = os.path.join(os.path.dirname(parent), "blobs")
+    allowed = [folder, cache] if os.path.basename(parent) == "snapshots" else [folder]
+    if not any(target.startswith(root + os.sep) for root in allowed):
+        raise ValueError(f"{path} is a link to {target}, outside the folder; copy that file here, or delete the link")
 
 
 def renamed(source: str, rename: Callable[[str], str], extra: Optional[Dict[str, torch.Tensor]] = None) -> Step:
     """The weight file `source` with its tensors renamed and, in a ``.bin``, others added."""
     name, extra = os.path.basename(source), extra or {}
     safe = name.endswith(".safetensors")
-    write = partial(_write_renamed, source, rename) if safe else partial(_write_bin, source, rename, extra)
+    write = (
+        functools.partial(_write_renamed, source, rename)
+        if safe
+        else functools.partial(_write_bin, source, rename, extra)
+    )
     return Step(name, os.path.getsize(source) + sum(value.nbytes for value in extra.values()), write)
 
 
@@ -146,6 +220,8 @@ def write_folder(source: str, out: str, steps: List[Step], command: str) -> None
 
     out = os.path.abspath(out)
     parent, work, before = os.path.dirname(out), out + ".incomplete", _snapshot(source)
+    modes = {entry.name: entry.stat().st_mode for entry in os.scandir(source) if entry.is_file()}
+    narrowest = functools.reduce(operator.and_, modes.values(), 0o777)
     needed, free = sum(step.size for step in steps), shutil.disk_usage(parent).free
     if needed > free:
         raise ValueError(
@@ -153,7 +229,7 @@ def write_folder(source: str, out: str, steps: List[Step], command: str) -> None
             f"in {parent}; free some, choose another place, or share unchanged weight files with the input by --link"
         )
     try:
-        os.mkdir(work)
+        os.mkdir(work, os.stat(source).st_mode & 0o777 | 0o700)
     except FileExistsError as error:
         raise ValueError(
             f"{work} exists: a run that was killed left it, or another is writing to it; delete it if none is, or "
@@ -162,7 +238,9 @@ def write_folder(source: str, out: str, steps: List[Step], command: str) -> None
     try:
         with tqdm(total=needed, unit="B", unit_scale=True, disable=None, desc=command) as bar:
             for step in steps:
-                _carry_out(step, os.path.join(work, step.name), bar.update)
+                path = os.path.join(work, step.name)
+                _carry_out(step, path, bar.update)
+                _keep_private(path, modes.get(step.name, narrowest))
         if _snapshot(source) != before:
             raise ValueError(f"{source} was changed in the meantime; run the same command again")
         if os.path.lexists(out):
@@ -186,6 +264,13 @@ def _carry_out(step: Step, path: str, advance: Advance) -> None:
             raise
         text = f"{cause.strerror or cause} while writing {path}; nothing is left of it: run the same command again"
         raise OSError(cause.errno, f"{text} once the cause is gone (disk full: free some space)") from error
+
+
+def _keep_private(path: str, mode: int) -> None:
+    """Let nobody read a new file who could not read what it was made of."""
+    found = os.stat(path)
+    if found.st_nlink == 1 and found.st_mode & ~mode & 0o077:
+        os.chmod(path, found.st_mode & (mode | 0o700) & 0o777)
 
 
 def _snapshot(folder: str) -> Dict[str, Tuple[int, int]]:

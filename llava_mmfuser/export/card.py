@@ -1,7 +1,7 @@
 """The model card of an exported folder."""
 
 import os
-from typing import Any, Mapping
+from typing import Any, Dict, Mapping
 
 from ..block.fusion import Fusion
 from ..config import FLAG_PREFIX, MMFuserConfig
@@ -44,7 +44,7 @@ print(processor.decode(model.generate(**inputs, max_new_tokens=64)[0], skip_spec
 ## Serve
 
 ```bash
-vllm serve {name}{flag}
+vllm serve {name}{flag} --mm-processor-kwargs '{{"backend": "pil"}}'
 ```
 
 ## Cite
@@ -79,21 +79,26 @@ def model_card(
         fuser: itself, with its weights.
         plain: whether it has been folded into transformers' own LLaVA.
     """
-    rows = settings.to_llava()
+    rows: Dict[str, Any] = settings.to_llava()
     for name in settings.without_effect:
         del rows[FLAG_PREFIX + name]
     for name, parameter in fuser.named_parameters():
         if name.endswith("scale"):
             size = parameter.detach().abs()
             rows[f"{name}: mean, max of its absolute value"] = f"{size.mean():.4g}, {size.max():.4g}"
-    rows["vision tower"] = config["mm_vision_tower"]
-    rows["language model"] = base
+    rows["vision tower"] = _harmless(str(config["mm_vision_tower"]))
+    rows["language model"] = _harmless(base)
     folded = f"the fusion {settings.fusion} of several layers of its vision tower, folded into its projector"
     return _CARD.format(
-        name=os.path.basename(os.path.abspath(out)),
+        name=_harmless(os.path.basename(os.path.abspath(out))),
         what=folded if plain else "an MMFuser in front of its projector",
         settings="\n".join(f"| {name} | `{spell(value)}` |" for name, value in rows.items()),
         code="" if plain else " The code in this folder is under Apache-2.0.",
         trust="" if plain else ", trust_remote_code=True",
         flag="" if plain else " --trust-remote-code",
     )
+
+
+def _harmless(name: str) -> str:
+    """A name without what Markdown, HTML, Python or a shell would read as more than a name."""
+    return "".join(sign if sign.isprintable() and sign not in "<>|`&\"'\\$;" else "_" for sign in name)

@@ -21,10 +21,11 @@ from ..names import MARK, Format, without_wrapper
 from ..towers import TOWERS, check_features, tower_config
 from . import stock, tensors, tokenizer
 from .card import model_card
-from .names import PROJECTOR, TOWER_IN_LLAVA, to_native
+from .names import PROJECTOR, TOWER_IN_LLAVA, to_native, to_released
 from .tensors import Tensor
 
 CODE = "modeling_llava_mmfuser"
+PREPROCESSOR = "preprocessor_config.json"
 ARCHITECTURE = "LlavaMMFuserForConditionalGeneration"
 VISION_TOWER = "llava_vision_tower"  # key of config.json: what LLaVA calls mm_vision_tower, for the way back
 AUTO_MAP = {
@@ -65,7 +66,7 @@ def export(source: str, out: str, base: Optional[str] = None, plain: Optional[bo
     check_out(source, out)
     checkpoint = read_checkpoint(source)
     check_format(checkpoint, Format.OURS, "export")
-    config = checkpoint.config
+    config = writing.without_pointers(checkpoint.config)
     _check_expressible(config)
     language = _language_model(checkpoint, base)
     tower = local_folder(str(config.get("mm_vision_tower")), "mm_vision_tower")
@@ -74,29 +75,31 @@ def export(source: str, out: str, base: Optional[str] = None, plain: Optional[bo
         raise ValueError(f"mm_vision_tower={tower!r} is a {vision.kind} tower, but only CLIP towers can be exported")
     settings = judge(checkpoint, EXPORT, vision).check().resolve(vision)
     weights = _weights(checkpoint, language, tower)
-    fuser = _fuser(settings, config, weights)
+    fuser = _fuser(source, settings, config, weights)
     weights = {to_native(name): tensor for name, tensor in weights.items()}
     blocks, notes = _stock(plain, settings, config, fuser, weights[PROJECTOR + "linear_1.weight"])
     if blocks is not None:
         weights = {name: tensor for name, tensor in weights.items() if not name.startswith(PROJECTOR + "fuser.")}
         weights[PROJECTOR + "linear_1.weight"] = tensors.of(torch.cat(list(blocks.values()), dim=1))
-    own, files = tokenizer.read(source if checkpoint.shards else language.folder, config)
-    rows = math.ceil((own + 2) / 64) * 64  # LLaVA's tokens, <image> and <pad>
+    image, pad, files = tokenizer.read(source if checkpoint.shards else language.folder, config)
+    rows = math.ceil((image + 2) / 64) * 64  # LLaVA's tokens, <image> and <pad>
     for name in ("model.language_model.embed_tokens.weight", "lm_head.weight"):
-        weights[name] = _with_rows(weights[name], own, rows)
+        weights[name] = _with_rows(weights[name], image, rows)
     layers = list(settings.layers if blocks is None else blocks)
     native = {
         **native_config(config, _clip_config(tower), settings, fuser, layers, blocks is not None),
         "torch_dtype": weights["lm_head.weight"].dtype,
-        "image_token_index": own,
-        "pad_token_id": own + 1,
+        "image_token_index": image,
+        "pad_token_id": pad,
     }
-    native["text_config"].update(vocab_size=rows, pad_token_id=own + 1, torch_dtype=native["torch_dtype"])
+    native["text_config"].update(vocab_size=rows, pad_token_id=pad, torch_dtype=native["torch_dtype"])
     files += _processor(config, native, tower, fuser)
+    read = {"config.json": checkpoint.config, f"{tower}/{PREPROCESSOR}": _preprocessor(tower)}
+    notes += writing.code_note([f"auto_map in {n}" for n, c in read.items() if c != writing.without_pointers(c)])
     files += code() if blocks is None else []
     name = base or str(config.get("_name_or_path"))
     files.append(writing.text("README.md", model_card(out, name, config, settings, fuser, blocks is not None)))
-    files += tensors.steps(weights)
+    files += tensors.steps(weights if blocks is None else {to_released(name): t for name, t in weights.items()})
     files.append(json_file("config.json", native))
     writing.write_folder(source, out, files, "export")
     return notes + [f"{out} is complete: {len(files)} files"]
@@ -173,9 +176,10 @@ def _weights(checkpoint: Checkpoint, language: Checkpoint, tower: str) -> Dict[s
     if lora:
         trained = {**_merged(checkpoint, weights, trained), **trained}
     for name, tensor in trained.items():
-        if re.search(r"\.lora_[AB]\.", name):
+        of_tower = name.startswith(TOWER_IN_LLAVA)  # whose biases PEFT saves with --lora_bias all, trained or not
+        if re.search(r"\.lora_[AB]\.", name) or (of_tower and not checkpoint.config.get("unfreeze_mm_vision_tower")):
             continue
-        if MARK not in name and (name not in weights or weights[name].shape != tensor.shape):
+        if MARK not in name and not of_tower and (name not in weights or weights[name].shape != tensor.shape):
             raise ValueError(f"{checkpoint.folder}: {name} {list(tensor.shape)} is no weight of {language.folder}")
         weights[name] = tensor
     if not checkpoint.config.get("unfreeze_mm_vision_tower"):
@@ -221,16 +225,17 @@ def _merge(weight: Tensor, down: Tensor, up: Tensor, scale: float) -> torch.Tens
     return before + (up.read().float() @ down.read().float() * scale).to(before.dtype)
 
 
-def _fuser(settings: MMFuserConfig, config: Mapping[str, Any], weights: Mapping[str, Tensor]) -> Fusion:
+def _fuser(where: str, settings: MMFuserConfig, config: Mapping[str, Any], weights: Mapping[str, Tensor]) -> Fusion:
     """The fuser with the checkpoint's weights.
 
     Raises:
-        ValueError: there are none, or they do not fit.
+        ValueError: there are none, or they do not fit, or the projector's are not finite.
     """
     projector = {name.split(MARK)[1]: tensor for name, tensor in weights.items() if MARK in name}
     problem = misfit(config, tensors.headers(projector))
     if problem:
         raise ValueError(problem)
+    tensors.refuse_not_finite(where, projector)
     fuser = settings.build(config["mm_hidden_size"], config["hidden_size"])
     state = {name[len("fuser.") :]: t.read() for name, t in projector.items() if name.startswith("fuser.")}
     if len(state) < len(list(fuser.parameters())):
@@ -321,10 +326,14 @@ def code() -> List[Step]:
     return steps + [writing.text(CODE + ".py", model)]
 
 
+def _preprocessor(tower: str) -> Dict[str, Any]:
+    with open(os.path.join(tower, PREPROCESSOR), encoding="utf-8") as stream:
+        return json.load(stream)
+
+
 def _processor(config: Mapping[str, Any], native: Mapping[str, Any], tower: str, fuser: Fusion) -> List[Step]:
     """How pictures and prompts become what LLaVA makes of them."""
-    with open(os.path.join(tower, "preprocessor_config.json"), encoding="utf-8") as stream:
-        image = json.load(stream)
+    image = writing.without_pointers(_preprocessor(tower))
     image.pop("feature_extractor_type", None)
     for name, sides in (("size", ("shortest_edge",)), ("crop_size", ("height", "width"))):
         if isinstance(image.get(name), int):  # as OpenAI's own folder has it
@@ -343,7 +352,7 @@ def _processor(config: Mapping[str, Any], native: Mapping[str, Any], tower: str,
     }
     tokens = {name: native["text_config"].get(name) for name in ("bos_token_id", "eos_token_id")}
     return [
-        json_file("preprocessor_config.json", image),
+        json_file(PREPROCESSOR, image),
         json_file("processor_config.json", processor),
         json_file("generation_config.json", {**tokens, "pad_token_id": native["pad_token_id"]}),
         writing.text("chat_template.jinja", tokenizer.CHAT_TEMPLATE),

@@ -11,22 +11,24 @@ from torch import nn
 from transformers import LlavaConfig, LlavaForConditionalGeneration, LlavaModel, LlavaPreTrainedModel
 from transformers.activations import ACT2FN
 
+from ..block.fusion import Fusion
 from ..block.leaves import Resettable, reset
 from ..block.rivals import build_fusion
 
 
 class LlavaMMFuserConfig(LlavaConfig):
-    """`LlavaConfig` whose ``vision_feature_layer`` lists the fused layers: shallow first, the query last."""
+    """`LlavaConfig` whose ``vision_feature_layer`` lists the fused layers: shallow first, the query last.
 
-    mm_fuser_projector: str = "mlp2x_gelu"
-    mm_fuser_fusion: str = "mmfuser"
-    mm_fuser_attention: str = "deformable"
-    mm_fuser_self_attention: bool = True
-    mm_fuser_num_heads: int = 16
-    mm_fuser_num_points: int = 4
-    mm_fuser_window_size: int = 3
-    mm_fuser_output: str = "add"
-    mm_fuser_start: str = "identity"
+    All settings of the fuser are in config.json, as ``mm_fuser_NAME``.
+    """
+
+
+def fuser_of(config: LlavaConfig) -> Fusion:
+    """A fresh fuser of a config.json's settings, every one of which is handed on under its own name."""
+    settings = {name[len("mm_fuser_") :]: value for name, value in vars(config).items() if name[:9] == "mm_fuser_"}
+    settings.update(hidden_size=config.vision_config.hidden_size, num_layers=len(config.vision_feature_layer))
+    del settings["projector"]
+    return build_fusion(out_features=config.text_config.hidden_size, **settings)
 
 
 class LlavaMMFuserProjector(nn.Module):
@@ -39,14 +41,7 @@ class LlavaMMFuserProjector(nn.Module):
         kind = config.mm_fuser_projector
         self.depth = 1 if kind == "linear" else int(kind[len("mlp") : -len("x_gelu")])
         width, out = config.vision_config.hidden_size, config.text_config.hidden_size
-        of_mmfuser = ("num_heads", "num_points", "attention", "self_attention", "window_size", "output", "start")
-        self.fuser = build_fusion(
-            config.mm_fuser_fusion,
-            width,
-            len(config.vision_feature_layer),
-            out,
-            **{name: getattr(config, "mm_fuser_" + name) for name in of_mmfuser},
-        )
+        self.fuser = fuser_of(config)
         self.act = ACT2FN[config.projector_hidden_act]
         for number in range(1, self.depth + 1):
             linear = nn.Linear(width if number == 1 else out, out, bias=config.multimodal_projector_bias)

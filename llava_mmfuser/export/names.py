@@ -21,6 +21,24 @@ def to_native(name: str) -> str:
     return re.sub(r"^model\.", "model.language_model.", name)
 
 
+_RELEASED = {  # today's spelling to that of llava-hf's folders
+    "model.language_model.": "language_model.model.",
+    "lm_head.": "language_model.lm_head.",
+    "model.vision_tower.": "vision_tower.",
+    "model.multi_modal_projector.": "multi_modal_projector.",
+}
+
+
+def to_released(name: str) -> str:
+    """A name in the spelling of ``llava-hf``'s folders, which versions before 4.52 read, too."""
+    return next((old + name[len(new) :] for new, old in _RELEASED.items() if name.startswith(new)), name)
+
+
+def from_released(name: str) -> str:
+    """The inverse of `to_released`: transformers from 5.24 on does not translate it for code in a folder."""
+    return next((new + name[len(old) :] for new, old in _RELEASED.items() if name.startswith(old)), name)
+
+
 def to_llava(name: str, linear: bool = False) -> Optional[str]:
     """The inverse of `to_native`, which also takes the spellings that older and newer versions save; None for others.
 

@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import os
-from functools import partial
 from typing import Any, Dict, List, Mapping, Optional, Tuple
 
 import torch
@@ -11,20 +10,19 @@ import torch
 from ..block.kinds import MAX_LAYERS, MAX_WIDTH, check_count
 from ..checkpoints import writing
 from ..checkpoints.convert import check_format, check_out, finish, may_link, upgrade_settings, with_new_shard
-from ..checkpoints.files import DTYPES, Weight
+from ..checkpoints.files import DTYPES
 from ..checkpoints.folder import FULL, Checkpoint, name_from_path, name_problem, read_checkpoint
 from ..checkpoints.report import NAME_NOTE
 from ..checkpoints.verdict import misfit
 from ..config import FLAG_PREFIX, PROJECTOR_TYPE, MMFuserConfig
 from ..names import MARK, Format
 from ..towers import TowerConfig, kind_of
-from . import tensors
+from . import tensors, tokenizer
 from .folder import LLAMA, VISION_TOWER, code, fuser_config, json_file, local_folder
-from .names import TOWER_IN_LLAVA, to_llava
+from .names import PROJECTOR, TOWER_IN_LLAVA, from_released, to_llava
 from .tensors import Tensor
 
 _FEATURES = {"default": "patch", "full": "cls_patch"}
-_TOKENS = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<unk>", "padding_side": "right"}
 
 
 def upgrade(source: str, out: str, link: bool = False, settings: Optional[Mapping[str, Any]] = None) -> List[str]:
@@ -43,27 +41,25 @@ def upgrade(source: str, out: str, link: bool = False, settings: Optional[Mappin
         OSError: reading or writing fails.
     """
     check_out(source, out)
-    checkpoint = read_checkpoint(source)
-    check_format(checkpoint, Format.NATIVE, "upgrade")
-    config, first = checkpoint.config, _first_layer(checkpoint)
-    layer = config.get("vision_feature_layer", -2)
+    checkpoint, config = _read(source, "upgrade")
+    first = _first_layer(checkpoint)
+    layer = config["vision_feature_layer"]
     if not isinstance(layer, int):
         raise ValueError(f"vision_feature_layer={layer!r} in {source}/config.json: it fuses several layers already")
     vision = config["vision_config"]
     if kind_of(vision.get("model_type")) != "CLIP":
         raise ValueError(f"vision_config has model_type={vision.get('model_type')!r}; only CLIP towers are supported")
-    tower = TowerConfig("CLIP", first.shape[1], vision.get("num_hidden_layers", 24), num_deleted=0)
+    tower = TowerConfig("CLIP", first.shape[1], vision["num_hidden_layers"], num_deleted=0)
     check_count(tower.hidden_size, MAX_WIDTH, "hidden_size of the vision tower")
-    check_count(tower.num_hidden_layers, MAX_LAYERS, "num_hidden_layers of the vision tower")
+    tensors.refuse_not_finite(source, _projector(checkpoint))
     known = {"mm_projector_type": "mlp2x_gelu", "mm_vision_select_layer": layer}
     resolved, _ = upgrade_settings(known, dict(settings or {}), "vision_config", tower)
     fresh = resolved.build(tower.hidden_size, first.shape[0]).state_dict()
-    prefix = first.name[: -len("linear_1.weight")] + "fuser."
-    fuser = {prefix + name: value.to(getattr(torch, first.dtype)) for name, value in fresh.items()}
+    fuser = {PROJECTOR + "fuser." + name: value.to(getattr(torch, first.dtype)) for name, value in fresh.items()}
     link, notes = may_link(link, source, out)
-    steps = with_new_shard(checkpoint, fuser, link) + code()
-    config = {**config, "vision_feature_layer": list(resolved.layers), **fuser_config(resolved)}
-    return notes + finish("upgrade", checkpoint, out, steps, config, link)
+    steps = with_new_shard(checkpoint, fuser, link, from_released) + code()
+    own = {"vision_feature_layer": list(resolved.layers), **fuser_config(resolved)}
+    return notes + finish("upgrade", checkpoint, out, steps, checkpoint.config, link, own)
 
 
 def export_to_llava(source: str, out: str, base: Optional[str] = None, vision_tower: Optional[str] = None) -> List[str]:
@@ -87,88 +83,141 @@ def export_to_llava(source: str, out: str, base: Optional[str] = None, vision_to
         OSError: reading or writing fails.
     """
     check_out(source, out)
-    checkpoint = read_checkpoint(source)
-    check_format(checkpoint, Format.NATIVE, "export")
-    config = checkpoint.config
-    text = config.get("text_config") or {}
-    if text.get("model_type", "llama") != "llama":
-        raise ValueError(f"text_config has model_type={text['model_type']!r}; LLaVA's format is written for LLaMA only")
+    checkpoint, config = _read(source, "export")
+    kind = config["text_config"].get("model_type", "llama")
+    if kind != "llama":
+        raise ValueError(f"text_config has model_type={kind!r}; LLaVA's format is written for LLaMA only")
     name = vision_tower or config.get(VISION_TOWER)
     if not isinstance(name, str):
         raise ValueError(
             f"{source}/config.json does not say which vision tower it has; name the one that it was trained with, "
             f"such as openai/clip-vit-large-patch14-336, by --vision-tower"
         )
-    weights, settings = _llava_weights(checkpoint)
-    own = config.get("image_token_index", config.get("image_token_id", 32000))  # LLaVA's own tokens come before it
+    words = source if "tokenizer.model" in checkpoint.others or base is None else local_folder(base, "--base")
+    if not os.path.isfile(os.path.join(words, "tokenizer.model")):
+        raise ValueError(f"{words} has no tokenizer.model; name a folder that has LLaVA's or Vicuna's by --base")
+    weights, settings = _llava_weights(checkpoint, config)
+    rows, files, notes = tokenizer.back(source, words, config["image_token_index"])
     for weight in ("model.embed_tokens.weight", "lm_head.weight"):
-        if weight not in weights:
-            raise ValueError(f"{source} has no {weight}, so it is no whole model")
-        before = weights[weight]
-        shape = (min(own, before.shape[0]), before.shape[1])
-        weights[weight] = before._replace(shape=shape, read=partial(_rows, before, own))
+        weights[weight] = _with_rows(source, weight, weights.get(weight), rows)
     tower = {name: tensor for name, tensor in weights.items() if name.startswith(TOWER_IN_LLAVA)}
     trained = not _same(tower, local_folder(name, "mm_vision_tower"))
     if not trained:
         weights = {name: tensor for name, tensor in weights.items() if name not in tower}
-    words = source if "tokenizer.model" in checkpoint.others or base is None else local_folder(base, "--base")
-    if not os.path.isfile(os.path.join(words, "tokenizer.model")):
-        raise ValueError(f"{words} has no tokenizer.model; name a folder that has LLaVA's or Vicuna's by --base")
-    projector = {name.split(MARK)[1]: tensor for name, tensor in weights.items() if MARK in name}
-    layers = config.get("vision_feature_layer", -2)
-    length = _json(checkpoint, "tokenizer_config.json").get("model_max_length")
     llava = {
-        **_text_config(config),
-        "architectures": ["LlavaLlamaForCausalLM"],
-        "model_type": "llava_llama",
-        "torch_dtype": weights["lm_head.weight"].dtype,
-        "vocab_size": weights["lm_head.weight"].shape[0],
-        "hidden_size": weights["lm_head.weight"].shape[1],
-        "mm_hidden_size": next(projector[name] for name in ("0.weight", "weight") if name in projector).shape[1],
-        "mm_projector_type": "mlp2x_gelu" if settings is None else PROJECTOR_TYPE,
+        **_llava_config(config, weights, settings),
         "mm_vision_tower": name,
-        "mm_vision_select_layer": layers if isinstance(layers, int) else layers[-1],
-        "mm_vision_select_feature": _FEATURES[config.get("vision_feature_select_strategy", "default")],
-        "mm_patch_merge_type": "flat",
-        "image_aspect_ratio": "pad" if _pads(checkpoint) else "square",
-        "mm_use_im_start_end": False,
-        "mm_use_im_patch_token": False,
-        "use_mm_proj": True,
         "unfreeze_mm_vision_tower": trained,
-        "tokenizer_model_max_length": length,
-        **({} if settings is None else settings.to_llava()),
+        "image_aspect_ratio": "pad" if _pads(checkpoint) else "square",
+        "tokenizer_model_max_length": _json(checkpoint, "tokenizer_config.json").get("model_max_length"),
     }
+    projector = {name.split(MARK)[1]: tensor for name, tensor in weights.items() if MARK in name}
     problem = misfit(llava, tensors.headers(projector))
     if problem:
         raise ValueError(f"{source}: {problem}")
-    tokenizer = {"tokenizer_class": "LlamaTokenizer", "legacy": True, "model_max_length": length, **_TOKENS}
-    steps = tensors.steps(weights) + [
-        writing.unchanged(os.path.join(words, "tokenizer.model"), "tokenizer.model", link=False),
-        json_file("tokenizer_config.json", tokenizer),
-        json_file("generation_config.json", {name: llava[name] for name in ("bos_token_id", "eos_token_id")}),
+    tensors.refuse_not_finite(source, projector)
+    start = {name: llava[name] for name in ("bos_token_id", "eos_token_id")}
+    steps = [
+        *tensors.steps(weights),
+        *files,
+        json_file("generation_config.json", start),
         json_file("config.json", llava),
     ]
     writing.write_folder(source, out, steps, "export")
     problem = name_problem(name_from_path(out), FULL, llava)
-    return [f"{out} is complete: {len(steps)} files", *([f"{NAME_NOTE}, and {problem}"] if problem else [])]
+    return [*notes, f"{out} is complete: {len(steps)} files", *([f"{NAME_NOTE}, and {problem}"] if problem else [])]
 
 
-def _first_layer(checkpoint: Checkpoint) -> Weight:
+def _read(source: str, command: str) -> Tuple[Checkpoint, Dict[str, Any]]:
+    """A folder in transformers' format, and what its config.json says, with transformers' defaults."""
+    checkpoint = read_checkpoint(source)
+    check_format(checkpoint, Format.NATIVE, command)
+    config = {
+        "text_config": {},
+        "vision_feature_layer": -2,
+        "vision_feature_select_strategy": "default",
+        "image_token_index": checkpoint.config.get("image_token_id", 32000),
+        **checkpoint.config,
+    }
+    for name, is_good, allowed in (
+        ("text_config", lambda value: isinstance(value, dict), "an object"),
+        ("vision_config", lambda value: isinstance(value, dict), "an object"),
+        ("image_token_index", lambda value: type(value) is int and 0 <= value < 1 << 24, "a token's id"),
+        ("vision_feature_select_strategy", lambda value: value in list(_FEATURES), " or ".join(_FEATURES)),
+        (
+            "vision_feature_layer",
+            lambda value: (
+                value != [] and {type(layer) for layer in (value if isinstance(value, list) else [value])} == {int}
+            ),
+            "a whole number or a list of some",
+        ),
+    ):
+        if not is_good(config[name]):
+            raise ValueError(f"{name}={config[name]!r} in {source}/config.json is not allowed; use {allowed}")
+    config["vision_config"] = {"num_hidden_layers": 24, **config["vision_config"]}
+    check_count(config["vision_config"]["num_hidden_layers"], MAX_LAYERS, "num_hidden_layers of vision_config")
+    return checkpoint, config
+
+
+def _with_rows(source: str, name: str, weight: Optional[Tensor], rows: List[int]) -> Tensor:
+    """The rows of an embedding that LLaVA has a token for."""
+    if weight is None or len(weight.shape) != 2:
+        raise ValueError(f"{source} has no {name}, so it is no whole model")
+    there = [index for place, index in enumerate(rows) if index < weight.shape[0] or index != place]
+    if there and there[-1] >= weight.shape[0]:
+        raise ValueError(f"{source}: the tokenizer has a token {there[-1]}, but {name} only {weight.shape[0]} rows")
+    return weight._replace(shape=(len(there), weight.shape[1]), read=lambda: weight.read()[there])
+
+
+def _llava_config(
+    config: Mapping[str, Any], weights: Mapping[str, Tensor], settings: Optional[MMFuserConfig]
+) -> Dict[str, Any]:
+    """What a config.json in LLaVA's format says about the model and its projector."""
+    layers, head = config["vision_feature_layer"], weights["lm_head.weight"]
+    first = next(weights[name] for name in (f"model.{MARK}0.weight", f"model.{MARK}weight") if name in weights)
+    return {
+        **_text_config(config),
+        "architectures": ["LlavaLlamaForCausalLM"],
+        "model_type": "llava_llama",
+        "torch_dtype": head.dtype,
+        "vocab_size": head.shape[0],
+        "hidden_size": head.shape[1],
+        "mm_hidden_size": first.shape[1],
+        "mm_projector_type": "mlp2x_gelu" if settings is None else PROJECTOR_TYPE,
+        "mm_vision_select_layer": layers if isinstance(layers, int) else layers[-1],
+        "mm_vision_select_feature": _FEATURES[config["vision_feature_select_strategy"]],
+        "mm_patch_merge_type": "flat",
+        "mm_use_im_start_end": False,
+        "mm_use_im_patch_token": False,
+        "use_mm_proj": True,
+        **({} if settings is None else settings.to_llava()),
+    }
+
+
+def _projector(checkpoint: Checkpoint) -> Dict[str, Tensor]:
+    """The projector's weights, under their full names."""
+    weights = tensors.of_files(checkpoint.folder, checkpoint.shards)
+    found = {name: tensor for name, tensor in weights.items() if "multi_modal_projector." in name}
+    for name, tensor in found.items():
+        if tensor.dtype not in DTYPES.values():
+            raise ValueError(f"{checkpoint.folder}: {name} is {tensor.dtype}; only floating point is allowed")
+    return found
+
+
+def _first_layer(checkpoint: Checkpoint) -> Tensor:
     """The weight of the projector's first layer."""
-    for weights in checkpoint.weights.values():
-        for weight in weights:
-            if weight.name.endswith("multi_modal_projector.linear_1.weight"):
-                if weight.dtype not in DTYPES.values():
-                    raise ValueError(f"{weight.file}: {weight.name} is {weight.dtype}; only floating point is allowed")
-                return weight
+    for name, tensor in _projector(checkpoint).items():
+        if name.endswith("multi_modal_projector.linear_1.weight") and len(tensor.shape) == 2:
+            return tensor
     raise ValueError(f"{checkpoint.folder} has no weights of a projector (multi_modal_projector.linear_1)")
 
 
-def _llava_weights(checkpoint: Checkpoint) -> Tuple[Dict[str, Tensor], Optional[MMFuserConfig]]:
+def _llava_weights(
+    checkpoint: Checkpoint, config: Mapping[str, Any]
+) -> Tuple[Dict[str, Tensor], Optional[MMFuserConfig]]:
     """All weights under LLaVA's names, and the settings of the fuser, if there is one."""
-    config = checkpoint.config
     _first_layer(checkpoint)  # refuses a folder without a projector
-    layers = config.get("vision_feature_layer", -2)
+    layers = config["vision_feature_layer"]
     linear = config.get(FLAG_PREFIX + "projector") == "linear"
     weights = {}
     for name, tensor in tensors.of_files(checkpoint.folder, checkpoint.shards).items():
@@ -187,12 +236,8 @@ def _llava_weights(checkpoint: Checkpoint) -> Tuple[Dict[str, Tensor], Optional[
         weights[prefix + "fuser.extra.weight"] = extra
         weights[prefix + "0.weight"] = first._replace(shape=(out, width), read=lambda: first.read()[:, -width:])
     settings = MMFuserConfig.from_llava({**own, "mm_fuser_layers": layers})
-    blocks = config["vision_config"].get("num_hidden_layers", 24)
+    blocks = config["vision_config"]["num_hidden_layers"]
     return weights, dataclasses.replace(settings, layers=settings.layers.resolve(blocks))
-
-
-def _rows(weight: Tensor, count: int) -> torch.Tensor:
-    return weight.read()[:count]
 
 
 def _same(tower: Mapping[str, Tensor], folder: str) -> bool:
@@ -212,12 +257,16 @@ def _text_config(config: Mapping[str, Any]) -> Dict[str, Any]:
     """The language model's part of a config.json of LLaVA's, with the defaults that transformers left out."""
     from transformers import LlamaConfig
 
-    text, default = config.get("text_config") or {}, LlamaConfig()
+    text, default = config["text_config"], LlamaConfig()
     found = {name: text.get(name, getattr(default, name, None)) for name in LLAMA}
     rope = text.get("rope_parameters")  # as transformers 5 writes it
-    if rope:
+    if isinstance(rope, dict):
         kind = rope.get("rope_type", "default")
-        found["rope_theta"] = rope["rope_theta"]
+        if kind not in ("default", "linear", "dynamic"):
+            raise ValueError(
+                f"text_config has rope_type={kind!r}; LLaVA's LLaMA knows default, linear and dynamic only"
+            )
+        found["rope_theta"] = rope.get("rope_theta")
         found["rope_scaling"] = None if kind == "default" else {"type": kind, "factor": rope.get("factor")}
     found["rope_theta"] = found["rope_theta"] or 10000.0
     return {name: value for name, value in found.items() if value is not None}

@@ -1,5 +1,6 @@
 """Weights that are read and written one at a time: what a whole model needs in memory is its largest tensor."""
 
+import errno
 import functools
 import json
 import os
@@ -7,11 +8,12 @@ from typing import Any, Callable, Dict, Iterable, List, Mapping, NamedTuple, Tup
 
 import torch
 
-from ..checkpoints.files import DTYPES, Weight, load_bin, read_weights
+from ..checkpoints.files import DTYPES, Weight, load_bin, read_header, read_weights, refuse_nan
 from ..checkpoints.writing import Advance, Step, text
 
 SHARD = 5 << 30  # bytes, transformers' own default
 _CODES = {dtype: code for code, dtype in DTYPES.items()}  # safetensors' names
+_MAPPED = 256 << 20  # bytes of a ``.bin`` that may be in memory at once
 
 
 class Tensor(NamedTuple):
@@ -44,26 +46,58 @@ def of_files(folder: str, files: Iterable[str]) -> Dict[str, Tensor]:
         ValueError: a tensor that is not in floating point, as those of a quantised model; see `read_weights`.
     """
     found = {}
-    opened = functools.lru_cache(maxsize=1)(_open)  # files are read one after the other
     for file in files:
         path = os.path.join(folder, file)
+        read = _Safetensors(path) if file.endswith(".safetensors") else _Bin(path)
         for weight in read_weights(folder, file):
             if weight.name.endswith(("rotary_emb.inv_freq", "position_ids")):  # buffers that old versions saved
                 continue
             if weight.dtype not in _CODES:
                 raise ValueError(f"{path}: {weight.name} is {weight.dtype}; only weights in floating point are allowed")
-            read = functools.partial(lambda path, name: opened(path)(name), path, weight.name)
-            found[weight.name] = Tensor(weight.dtype, weight.shape, read)
+            found[weight.name] = Tensor(weight.dtype, weight.shape, functools.partial(read, weight))
     return found
 
 
-def _open(path: str) -> Callable[[str], torch.Tensor]:
-    """What reads a tensor of a weight file by its name."""
-    if not path.endswith(".safetensors"):
-        return load_bin(path).__getitem__
-    from safetensors import safe_open
+class _Safetensors:
+    """Reads the tensors of a file without mapping it: a mapped file counts as memory, and its end may be cut off."""
 
-    return safe_open(path, framework="pt").get_tensor
+    def __init__(self, path: str):
+        self.path = path
+        self.header, self.start = read_header(path)
+
+    def __call__(self, weight: Weight) -> torch.Tensor:
+        begin, end = self.header[weight.name]["data_offsets"]
+        data = torch.empty(end - begin, dtype=torch.uint8)
+        with open(self.path, "rb", buffering=0) as stream:
+            stream.seek(self.start + begin)
+            view = memoryview(data.numpy().data)
+            while view:
+                count = stream.readinto(view)
+                if not count:
+                    raise OSError(errno.EIO, "the file ended early", self.path)
+                view = view[count:]
+        return data.view(getattr(torch, weight.dtype)).view(weight.shape)
+
+
+class _Bin:
+    """Reads the tensors of a mapped file, which is mapped again before too much of it is in memory."""
+
+    def __init__(self, path: str):
+        self.path = path
+        self.state: Dict[str, torch.Tensor] = {}
+        self.read = 0
+
+    def __call__(self, weight: Weight) -> torch.Tensor:
+        if not self.state or self.read > _MAPPED:
+            self.state, self.read = load_bin(self.path), 0
+        self.read += self.state[weight.name].nbytes
+        return self.state[weight.name]
+
+
+def refuse_not_finite(where: str, tensors: Mapping[str, Tensor]) -> None:
+    """See `refuse_nan`."""
+    for name, tensor in tensors.items():
+        refuse_nan(where, name, tensor.read())
 
 
 def steps(tensors: Dict[str, Tensor]) -> List[Step]:

@@ -2,11 +2,27 @@
 
 from typing import Any
 
-from vllm.model_executor.models.llava import LlavaForConditionalGeneration
+import torch
+from vllm.model_executor.models.llava import (
+    LlavaDummyInputsBuilder,
+    LlavaForConditionalGeneration,
+    LlavaMultiModalProcessor,
+    LlavaProcessingInfo,
+)
+from vllm.multimodal import MULTIMODAL_REGISTRY
 
-from .modeling_llava_mmfuser import LlavaMMFuserProjector
+from .modeling_llava_mmfuser import LlavaMMFuserProjector, fuser_of
 
 
+class _Info(LlavaProcessingInfo):
+    def get_num_image_tokens(self, **size: int) -> int:
+        config, tokens = self.get_hf_config(), super().get_num_image_tokens(**size)
+        has_cls = config.vision_feature_select_strategy == "full"
+        with torch.device("meta"):
+            return fuser_of(config).num_tokens(tokens - has_cls) + has_cls
+
+
+@MULTIMODAL_REGISTRY.register_processor(LlavaMultiModalProcessor, info=_Info, dummy_inputs=LlavaDummyInputsBuilder)
 class LlavaMMFuserForConditionalGeneration(LlavaForConditionalGeneration):
     """`LlavaForConditionalGeneration` for a config.json whose ``vision_feature_layer`` lists the fused layers."""
 

@@ -25,8 +25,8 @@ TRAINING_FLAGS: Tuple[Tuple[str, Any, Any, str], ...] = (
         "mm_fuser_gate_lr",
         Optional[str],
         None,
-        "Learning rate of what opens the fuser, its gates or columns; inherit: that of the rest of it. If not given: "
-        "inherit with mm_fuser_lr, else for a fresh fuser one that can open it in the run's steps.",
+        "Learning rate of what opens the fuser, its gates or columns: a number, or inherit, that of the rest. If not "
+        "given: for a fresh fuser, without --mm_fuser_lr, one that can open it in the run's steps.",
     ),
     ("mm_fuser_log_gates", bool, True, "Log the mean absolute value of the fuser's gates with the loss."),
 )

@@ -14,7 +14,7 @@ from ..names import describe
 from ..patching import applied
 from ..projector import MMFuserProjector
 from ..towers import check_features
-from .optimizer import parse_gate_rate
+from .optimizer import RATES, parse_gate_rate
 from .run import check_arguments, other_type, resolve_run, seed
 from .wrappers import gathered, is_wrapper, unwrapped
 
@@ -61,10 +61,8 @@ def initialize_vision_modules(original, self, model_args, *args, **kwargs):
         wrapped = is_wrapper(holder)
         self.mm_projector = type(holder)(projector, holder.active_adapter) if wrapped else projector
     self.config.update(settings.to_llava())
-    self.config.mm_fuser_lr = getattr(model_args, "mm_fuser_lr", None)  # as upstream keeps mm_projector_lr
-    gate_lr = getattr(model_args, "mm_fuser_gate_lr", None)
-    if gate_lr is not None or hasattr(self.config, "mm_fuser_gate_lr"):
-        self.config.mm_fuser_gate_lr = gate_lr
+    for name in RATES:  # as upstream keeps mm_projector_lr
+        setattr(self.config, name, getattr(model_args, name, None))
     original(self, model_args, *args, **kwargs)
     tower = self.get_vision_tower()
     if not isinstance(getattr(tower, "select_layer", None), list):  # a class of the host without a row
@@ -77,7 +75,7 @@ def initialize_vision_modules(original, self, model_args, *args, **kwargs):
     if self.mm_projector is not projector:
         self.mm_projector.original_module.requires_grad_(False)  # upstream unfreezes all that is below mm_projector
     projector.lr = self.config.mm_fuser_lr
-    projector.gate_lr = parse_gate_rate(gate_lr)
+    projector.gate_lr = parse_gate_rate(self.config.mm_fuser_gate_lr)
     projector.log_gates = getattr(model_args, "mm_fuser_log_gates", True)
     if run.adapter is not None and run.shapes != projector.shapes():
         check_shapes(adapter, run.adapter, projector.shapes(), describe(run.adapter))

@@ -15,6 +15,7 @@ from .wrappers import config_of, find_projector, gathered, replaced
 logger = logging.getLogger("llava_mmfuser")
 
 
+RATES = ("mm_fuser_lr", "mm_fuser_gate_lr")
 INHERIT = "inherit"  # as mm_fuser_gate_lr: one rate for all of the fuser, as published
 Rate = Union[None, float, str]
 
@@ -144,12 +145,11 @@ def create_optimizer(original, self):
 
 
 def create_scheduler(original, self, num_training_steps, optimizer=None):
-    """Every optimizer passes here before a scheduler has taken its rates, whoever made it."""
+    """Every optimizer passes here before a scheduler takes its rates, whoever made it."""
     projector: Any = find_projector(self.model)
-    found = self.optimizer if optimizer is None else optimizer
+    found, created = self.optimizer if optimizer is None else optimizer, self.lr_scheduler is None
     check_token_budget(self.model, projector)
-    created = self.lr_scheduler is None
-    if created and not _has_rate(found, projector):
+    if created and not _has_rates(found, projector):
         regroup(found, projector.fuser, projector.lr, gate_rate(projector))
     _check_groups(found, projector)
     scheduler = original(self, num_training_steps, optimizer)
@@ -169,41 +169,47 @@ def _held(optimizer: Any) -> Iterable[nn.Parameter]:
     return (parameter for group in optimizer.param_groups for parameter in group["params"])
 
 
-def _has_rate(optimizer: Any, projector: MMFuserProjector) -> bool:
-    """Whether an optimizer trains the fuser at the rates that were given, or at whatever rate where none was."""
-    wanted: Dict[int, Rate] = {id(parameter): projector.lr for parameter in projector.fuser.parameters()}
-    if isinstance(projector.gate_lr, float):
-        wanted.update(dict.fromkeys(map(id, opening(projector.fuser)), projector.gate_lr))
-    found = [(group, id(value)) for group in optimizer.param_groups for value in group["params"] if id(value) in wanted]
-    return all(wanted[key] in (None, group.get("initial_lr", group["lr"])) for group, key in found)
+def _has_rates(optimizer: Any, projector: MMFuserProjector) -> bool:
+    """Whether an optimizer trains the fuser at the rates that were given by flags."""
+    gate = gate_rate(projector)
+    wanted = {id(parameter): projector.lr for parameter in projector.fuser.parameters()}
+    if isinstance(gate, float):
+        wanted.update({id(parameter): gate for parameter in opening(projector.fuser)})
+    found = [
+        (wanted[id(parameter)], group.get("initial_lr", group["lr"]))
+        for group in optimizer.param_groups
+        for parameter in group["params"]
+        if id(parameter) in wanted
+    ]
+    given = any(isinstance(rate, float) for rate in wanted.values())
+    return not given or (bool(found) and all(rate is None or rate == own for rate, own in found))
 
 
 def _given(projector: MMFuserProjector) -> str:
-    """The rates that were given, in words; empty if there are none."""
-    rates = {"mm_fuser_lr": projector.lr, "mm_fuser_gate_lr": projector.gate_lr}
-    return " and ".join(f"{name}={rate}" for name, rate in rates.items() if rate not in (None, INHERIT))
+    rates = zip(RATES, (projector.lr, projector.gate_lr))
+    return " and ".join(f"{name}={rate}" for name, rate in rates if isinstance(rate, float))
 
 
 def _check_groups(optimizer: Any, projector: Any) -> None:
-    """Refuse an optimizer, whoever made it, that leaves the fuser an identity or ignores its rate."""
+    """Refuse an optimizer, whoever made it, that leaves the fuser an identity or ignores its rates."""
     check_trained(projector.fuser, _held(optimizer))
-    if not _has_rate(optimizer, projector):
+    if not _has_rates(optimizer, projector):
         raise ValueError(
-            f"{_given(projector)}, but the optimizer and the scheduler that the Trainer was given have another "
-            f"rate for the fuser; give its parameters a group with this rate, pass the Trainer an optimizer alone, or "
-            f"drop the flag"
+            f"{_given(projector)}, but the optimizer and the scheduler that the Trainer was given have another rate "
+            f"for the fuser; give its parameters a group with this rate, pass the Trainer an optimizer alone, or drop "
+            f"the flag"
         )
 
 
 def deepspeed_init(original, self, *args, **kwargs):
     projector: Any = find_projector(self.model)
-    given, config = _given(projector), self.accelerator.state.deepspeed_plugin.hf_ds_config.config
+    config = self.accelerator.state.deepspeed_plugin.hf_ds_config.config
     sections = [section for section in ("optimizer", "scheduler") if section in config]
     if "optimizer" in sections:  # then no other optimizer is made
         check_trained(projector.fuser, filter(lambda parameter: parameter.requires_grad, self.model.parameters()))
-    if given and sections:
+    if sections and _given(projector):
         raise ValueError(
-            f"{given}, but the DeepSpeed configuration has the section {' and '.join(sections)}, which has "
+            f"{_given(projector)}, but the DeepSpeed configuration has the section {' and '.join(sections)}, which has "
             f"one learning rate for all; delete it there (LLaVA's zero2.json and zero3.json have none), or drop the "
             f"flag"
         )
@@ -212,7 +218,8 @@ def deepspeed_init(original, self, *args, **kwargs):
 
 def logs_gates(self: Any, *args: Any, **kwargs: Any) -> bool:
     """Whether this step is logged, with the gates."""
-    return self.control.should_log and has_fuser(self) and find_projector(self.model).log_gates  # type: ignore[union-attr]
+    projector = find_projector(self.model) if self.control.should_log else None
+    return projector is not None and projector.log_gates
 
 
 def maybe_log(original, self, *args, **kwargs):
@@ -295,9 +302,8 @@ def set_opening_rate(scheduler: Any, projector: MMFuserProjector, steps: int) ->
     with gathered(opens[:1]):
         identity, size = fuser.is_identity(), opens[0].detach().float().abs().mean().item()
     full, rest = full_steps(scheduler, steps), scheduler.base_lrs[held[0]]
-    rate = opening_rate(rest, full) if identity and gate_rate(projector) is None else rest
-    own = all(ids >= {id(parameter) for parameter in groups[index]["params"]} for index in held)  # not somebody's group
-    rate = rate if own else rest
+    apart = all(id(parameter) in ids for index in held for parameter in groups[index]["params"])
+    rate = opening_rate(rest, full) if identity and apart and gate_rate(projector) is None else rest
     for index in held if rate > rest else []:
         now = groups[index]["lr"] / rest if rest else 1.0  # of the schedule
         scheduler.base_lrs[index] = groups[index]["initial_lr"] = rate

@@ -15,13 +15,14 @@ from ..block.kinds import FUSIONS, refuse_open
 from ..checkpoints.adapter import match_adapter, read_adapter
 from ..checkpoints.files import read_config
 from ..checkpoints.folder import FULL, folder_kind
+from ..checkpoints.verdict import other_setting
 from ..config import FLAG_PREFIX, PROJECTOR_TYPE, MMFuserConfig, explicit_settings
 from ..layers import spell
 from ..names import Shapes, expected_shapes
 from ..patching import folder_of, is_replaced
 from ..towers import TowerConfig, check_features, check_name, tower_config
 from . import next as llava_next
-from .optimizer import UNTRAINED, parse_gate_rate
+from .optimizer import RATES, UNTRAINED, parse_gate_rate
 
 HOST_CLASSES = {"CLIP": "CLIPVisionTower", "SigLIP": "SigLipVisionTower"}  # kind of tower -> LLaVA's class
 
@@ -126,14 +127,10 @@ def resolve_run(model_args: Any, start: Mapping[str, Any]) -> Run:
 
 def refuse_together(fusion: str, model_args: Any) -> None:
     """Raise ValueError for `ModelArguments` that do not go together with this fusion."""
-    lr = getattr(model_args, "mm_fuser_lr", None)
-    if lr is not None and not FUSIONS[fusion].has_weights:
-        raise ValueError(f"mm_fuser_lr={lr} has no effect with mm_fuser_fusion={fusion}, which has no weights")
-    gate_lr = getattr(model_args, "mm_fuser_gate_lr", None)
-    if gate_lr is not None and not FUSIONS[fusion].starts_as_identity:
-        raise ValueError(
-            f"mm_fuser_gate_lr={gate_lr} has no effect with mm_fuser_fusion={fusion}, which has nothing to open"
-        )
+    for name in RATES:
+        lr = getattr(model_args, name, None)
+        if lr is not None and not FUSIONS[fusion].has_weights:
+            raise ValueError(f"{name}={lr} has no effect with mm_fuser_fusion={fusion}, which has no weights")
     if fusion != "token_concat":
         return
     merge_type = getattr(model_args, "mm_patch_merge_type", "flat")
@@ -242,9 +239,9 @@ def _check_output_dir(model_args: Any, training_args: Any, run: Optional[Run]) -
     now["mm_tunable_parts"] = getattr(model_args, "mm_tunable_parts", None)
     if fused and run is not None:
         before = MMFuserConfig.from_llava(config).resolve(run.tower)
-        name = run.settings.difference(before)
-        if name is not None:
-            was[FLAG_PREFIX + name], now[FLAG_PREFIX + name] = getattr(before, name), getattr(run.settings, name)
+        changed = other_setting(before, run.settings)
+        if changed is not None:
+            was[changed[0]], now[changed[0]] = changed[1:]
     setting = next((name for name in was if was[name] != now[name]), None)
     if setting is not None:
         raise ValueError(

@@ -7,6 +7,7 @@ makes checkpoints (``FOLDER/llava/NAME``), exports them (``FOLDER/exported/NAME`
 """
 
 import io
+import json
 import shutil
 import sys
 from pathlib import Path
@@ -44,33 +45,60 @@ PLAIN = ("mean", "sum", "weighted", "channels", "connector", "shut")
 ROUNDED = ("weighted", "connector")  # folded into half precision
 
 
-def make_parts(folder):
-    """A LLaMA with a tokenizer like Vicuna's, which falls back to bytes, and a CLIP tower."""
-    import sentencepiece
-    from toy.models import make_clip, reading_texts
-    from transformers import CLIPVisionModel, LlamaConfig, LlamaForCausalLM, LlamaTokenizer
+# tokenizer -> whether text behind an added token starts with a space, and what else sentencepiece is told
+TOKENIZERS = {
+    "legacy": (True, {}),
+    "new": (False, {}),
+    "normalising": (True, {"normalization_rule_name": "nmt_nfkc", "remove_extra_whitespaces": True}),
+    "no space": (True, {"add_dummy_prefix": False}),
+    "unigram": (True, {"model_type": "unigram", "byte_fallback": False}),
+    "line": (True, {"user_defined_symbols": ["\n"], "byte_fallback": False}),
+}
+PLAIN_TOKENS, SPECIAL_TOKENS = ["<plain>", "two words"], ["<special>"]
 
-    (folder / "llama").mkdir(parents=True)
+
+def make_tokenizer(folder, legacy=True, plain=(), special=(), **options):
+    """One like Vicuna's, which falls back to bytes."""
+    import sentencepiece
+    from toy.models import reading_texts
+    from transformers import AddedToken, LlamaTokenizer
+
+    folder.mkdir(parents=True)
     model = io.BytesIO()
+    options = {
+        "model_type": "bpe",
+        "normalization_rule_name": "identity",
+        "remove_extra_whitespaces": False,
+        "byte_fallback": True,
+        **options,
+    }
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=(" ".join(text) for text in reading_texts(200)),
         model_writer=model,
         vocab_size=500,
-        model_type="bpe",
         hard_vocab_limit=False,
-        normalization_rule_name="identity",
-        remove_extra_whitespaces=False,
-        byte_fallback=True,
         num_threads=1,
         unk_id=0,
         bos_id=1,
         eos_id=2,
         pad_id=-1,
         minloglevel=2,
+        **options,
     )
-    (folder / "llama" / "tokenizer.model").write_bytes(model.getvalue())
-    tokenizer = LlamaTokenizer(str(folder / "llama" / "tokenizer.model"), legacy=True, model_max_length=512)
-    tokenizer.save_pretrained(folder / "llama")
+    (folder / "tokenizer.model").write_bytes(model.getvalue())
+    tokenizer = LlamaTokenizer(str(folder / "tokenizer.model"), legacy=legacy, model_max_length=512)
+    tokenizer.add_tokens(list(plain))
+    tokenizer.add_tokens([AddedToken(token, special=True) for token in special], special_tokens=True)
+    tokenizer.save_pretrained(folder)
+    return tokenizer
+
+
+def make_parts(folder):
+    """A LLaMA with its tokenizer, and a CLIP tower."""
+    from toy.models import make_clip
+    from transformers import CLIPVisionModel, LlamaConfig, LlamaForCausalLM
+
+    tokenizer = make_tokenizer(folder / "llama")
     torch.manual_seed(1)
     config = LlamaConfig(
         vocab_size=len(tokenizer),
@@ -146,6 +174,14 @@ def make_checkpoint(parts, folder, name, layout="full", **settings):
     return target
 
 
+def texts():
+    """Turns, line breaks, spaces, added tokens and languages in any order."""
+    bits = ["near", "a 7", " ", "  ", "\n", "<image>", "<image>\n", "</s>", "<s>", "USER: ", " ASSISTANT:", ".", "\t"]
+    bits += [*PLAIN_TOKENS, *SPECIAL_TOKENS, "caf\u00e9", "\u4e2d\u6587", "\uff17", "\u05d0\u05d1", "\U0001f600"]
+    random = np.random.RandomState(5)
+    return [PROMPT, *("x" + "".join(random.choice(bits, random.randint(1, 10))) for _ in range(500))]
+
+
 def pictures():
     """Two pictures, one wide and one high."""
     random = np.random.RandomState(3)
@@ -178,6 +214,29 @@ def ask_llava(folder, base=None):
     return {name: np.asarray(value) for name, value in found.items()}
 
 
+def llava_ids(text, tokenizer, image):
+    """What LLaVA makes of a text."""
+    from llava.mm_utils import tokenizer_image_token
+
+    return tokenizer_image_token(text, tokenizer, image)
+
+
+def make_exported_tokenizer(folder, out, legacy, options):
+    """A tokenizer in transformers' format, and beside it what LLaVA makes of some texts."""
+    from transformers import AutoTokenizer
+
+    from llava_mmfuser.export import tokenizer
+
+    make_tokenizer(folder, legacy, PLAIN_TOKENS, SPECIAL_TOKENS, **options)
+    image, _, files = tokenizer.read(str(folder), {"tokenizer_model_max_length": 512})
+    out.mkdir(parents=True)
+    for step in files:
+        step.write(str(out / step.name), lambda count: None)
+    slow = AutoTokenizer.from_pretrained(folder, use_fast=False)
+    pairs = [(text, llava_ids(text, slow, image)) for text in texts()]
+    out.with_suffix(".json").write_text(json.dumps(pairs))
+
+
 def make(folder):
     """All of it."""
     from llava_mmfuser.export.folder import export
@@ -194,6 +253,8 @@ def make(folder):
         checkpoint = make_checkpoint(folder / "parts", folder / "llava", name, layout=name)
         export(str(checkpoint), str(folder / "exported" / name), base=str(folder / "parts" / "llama"))
         np.savez(folder / "exported" / f"{name}.npz", **ask_llava(checkpoint, folder / "parts" / "llama"))
+    for name, (legacy, options) in TOKENIZERS.items():
+        make_exported_tokenizer(folder / "parts" / name, folder / "exported" / "tokenizers" / name, legacy, options)
     settings = {"layers": LAYERS, "num_heads": 4}
     upgrade(str(folder / "exported" / "shut"), str(folder / "exported" / "upgraded"), settings=settings)
     shutil.copy(folder / "exported" / "shut.npz", folder / "exported" / "upgraded.npz")

@@ -13,9 +13,9 @@ from safetensors.torch import load_file, save_file
 
 pytest.importorskip("llava", reason="makes checkpoints with LLaVA")
 from llava_mmfuser.block.rivals import build_fusion  # noqa: E402
-from llava_mmfuser.export import stock, tensors  # noqa: E402
+from llava_mmfuser.export import folder, stock, tensors  # noqa: E402
 from llava_mmfuser.export.folder import export  # noqa: E402
-from llava_mmfuser.export.names import to_llava, to_native  # noqa: E402
+from llava_mmfuser.export.names import from_released, to_llava, to_native  # noqa: E402
 from llava_mmfuser.export.native import export_to_llava  # noqa: E402
 
 
@@ -212,29 +212,280 @@ def test_a_tower_that_was_trained_stays_with_the_checkpoint_on_the_way_back(made
     assert sum("vision_tower" in name for name in weights(tmp_path / "llava-back")) == 8 * 16 + 7
 
 
-OLD = {  # spelling of today -> of llava-hf's folders, and of transformers 5 where the tower has another depth
-    "model.language_model.": "language_model.model.",
-    "lm_head.": "language_model.lm_head.",
-    "model.vision_tower.vision_model.": "vision_tower.",
-    "model.multi_modal_projector.": "multi_modal_projector.",
+def stock_folder(parts, tmp_path):
+    """In transformers' own format, without a fuser."""
+    checkpoint = making.make_checkpoint(parts, tmp_path, "shut")
+    export(str(checkpoint), str(tmp_path / "stock"), plain=True)
+    return tmp_path / "stock"
+
+
+def with_foreign_code(folder):
+    """Code of others in a folder and pointers to it, in every place where transformers looks."""
+    for name in ("modeling_llava_mmfuser.py", "fusion.py", "Tokenization.PY", "helper.so"):
+        (folder / name).write_text("raise SystemExit('code of others')")
+    pointer = {"auto_map": {"AutoConfig": "fusion.Config", "AutoTokenizer": ["fusion.Slow", None]}}
+    for name in ("config", "tokenizer_config", "preprocessor_config", "processor_config", "generation_config"):
+        path = folder / f"{name}.json"
+        content = json.loads(path.read_text()) if path.is_file() else {}
+        nested = {"image_processor": pointer, "custom_pipelines": {"mine": {"impl": "fusion.Pipe"}}}
+        path.write_text(json.dumps({**content, **pointer, **nested}))
+    (folder / "vocab.json").write_text(json.dumps({"auto_map": 7}))
+    return folder
+
+
+def pointers(folder):
+    """Every auto_map and custom_pipelines in the JSON of a folder."""
+    found = []
+
+    def look(content):
+        if isinstance(content, dict):
+            found.extend(value for name, value in content.items() if name in ("auto_map", "custom_pipelines"))
+        for value in content.values() if isinstance(content, dict) else content if isinstance(content, list) else ():
+            look(value)
+
+    for path in folder.glob("*.json"):
+        look(json.loads(path.read_text()))
+    return found
+
+
+@pytest.mark.parametrize("command", ["upgrade native", "upgrade", "convert", "export", "export --to llava"])
+def test_no_command_writes_code_of_others_nor_what_points_to_some(parts, made, tmp_path, cli, command):
+    if command.startswith("upgrade"):
+        if command == "upgrade native":
+            source = stock_folder(parts, tmp_path)
+        else:
+            source = shutil.copytree(made / "full", tmp_path / "released")
+            state = {name: value for name, value in weights(source).items() if "fuser" not in name}
+            save_file(state, source / "model.safetensors", metadata={"format": "pt"})
+            config = json.loads((source / "config.json").read_text())
+            config = {name: value for name, value in config.items() if not name.startswith("mm_fuser")}
+            (source / "config.json").write_text(json.dumps({**config, "mm_projector_type": "mlp2x_gelu"}))
+        arguments = ("--mm_fuser_layers", "0,3,5,7", "--mm_fuser_num_heads", "4")
+    elif command == "convert":
+        settings = {"mm_vision_select_layer": -2, "mm_fuser_layers": [0, 2, 3, 5, 7], "mm_fuser_num_heads": 16}
+        source = making.make_checkpoint(parts, tmp_path, "five", **settings)
+        arguments = ("--to", "authors")
+    else:
+        source = shutil.copytree(made / "full", tmp_path / "in")
+        arguments = ()
+        if command == "export --to llava":
+            export(str(source), str(tmp_path / "native"))
+            source, arguments = tmp_path / "native", ("--to", "llava")
+    if command == "export":
+        tower = with_foreign_code(shutil.copytree(parts / "clip", tmp_path / "clip"))
+        config = json.loads((source / "config.json").read_text())
+        (source / "config.json").write_text(json.dumps({**config, "mm_vision_tower": str(tower)}))
+    with_foreign_code(source)
+    code, said, complaint = cli(command.split()[0], source, tmp_path / "out", *arguments)
+    assert (code, complaint) == (0, ""), complaint
+    ours = folder.AUTO_MAP if command in ("upgrade native", "export") else None
+    found = pointers(tmp_path / "out")
+    assert (ours in found) == bool(ours) and [value for value in found if value != ours] == [7] * (
+        "export" not in command
+    )
+    written = {path.name: path.read_text() for path in (tmp_path / "out").iterdir() if path.suffix.lower() == ".py"}
+    assert bool(written) == bool(ours) and not any("code of others" in text for text in written.values())
+    assert not (tmp_path / "out" / "helper.so").exists()
+    if command == "export":
+        assert "auto_map in config.json" in said and "clip/preprocessor_config.json" in said
+    if "export" not in command:
+        assert "helper.so" in said and "fusion.py" in said and "auto_map in tokenizer_config.json" in said
+
+
+def test_links_that_lead_out_of_a_folder_are_refused_and_private_files_stay_private(parts, tmp_path, cli):
+    source = stock_folder(parts, tmp_path)
+    (tmp_path / "secret").write_text("secret")
+    (source / "notes.txt").symlink_to(tmp_path / "secret")
+    arguments = ("upgrade", source, tmp_path / "out", "--mm_fuser_layers", "0,3,5,7", "--mm_fuser_num_heads", "4")
+    code, _, complaint = cli(*arguments)
+    assert code == 1 and "notes.txt is a link to" in complaint and not (tmp_path / "out").exists()
+    (source / "notes.txt").unlink()
+    (source / "notes.txt").write_text("mine")
+    (source / "notes.txt").chmod(0o600)
+    source.chmod(0o750)
+    assert cli(*arguments)[0] == 0
+    assert (tmp_path / "out").stat().st_mode & 0o777 == 0o750
+    modes = {path.name: path.stat().st_mode & 0o777 for path in (tmp_path / "out").iterdir()}
+    assert modes["notes.txt"] == modes["fusion.py"] == 0o600  # what is new is as private as the most private input
+    assert modes["tokenizer.model"] == (source / "tokenizer.model").stat().st_mode & 0o777
+
+
+@pytest.mark.parametrize("legacy", [True, False])
+def test_tokens_behind_image_keep_their_rows_on_the_way_back(parts, tmp_path, legacy):
+    from transformers import AddedToken, AutoTokenizer
+
+    checkpoint = making.make_checkpoint(parts, tmp_path, "deformable")
+    (checkpoint / "tokenizer.model").unlink()
+    for path in checkpoint.glob("*token*"):
+        path.unlink()
+    making.make_tokenizer(tmp_path / "words", legacy)
+    shutil.copytree(tmp_path / "words", checkpoint, dirs_exist_ok=True)
+    export(str(checkpoint), str(tmp_path / "native"))
+    fast = AutoTokenizer.from_pretrained(tmp_path / "native")
+    fast.add_tokens([AddedToken("<box>", normalized=False)])
+    fast.add_tokens([AddedToken("<end>", normalized=False, special=True)], special_tokens=True)
+    assert fast.convert_tokens_to_ids(["<image>", "<pad>", "<box>", "<end>"]) == [500, 501, 502, 503]
+    fast.save_pretrained(tmp_path / "native")
+    state = load_file(tmp_path / "native" / "model.safetensors")
+    for name in ("lm_head.weight", "model.language_model.embed_tokens.weight"):
+        state[name][502:504] = torch.tensor([[5.0], [6.0]])
+    save_file(state, tmp_path / "native" / "model.safetensors", metadata={"format": "pt"})
+    notes = export_to_llava(str(tmp_path / "native"), str(tmp_path / "llava-back"))
+    assert any("<box> 502 -> 500, <end> 503 -> 501" in note for note in notes)
+    slow = AutoTokenizer.from_pretrained(tmp_path / "llava-back", use_fast=False)
+    assert slow.legacy is legacy and slow.convert_tokens_to_ids(["<box>", "<end>"]) == [500, 501]
+    assert "<end>" in slow.all_special_tokens and "<box>" not in slow.all_special_tokens
+    new = weights(tmp_path / "llava-back")
+    for name in ("lm_head.weight", "model.embed_tokens.weight"):
+        assert new[name].shape[0] == 502 and new[name][500:].unique().tolist() == [5, 6]
+    # transformers puts a space behind a token that it adds, whatever the folder does elsewhere.
+    assert any("makes other ids than this folder's: 'a<box>b' is" in note for note in notes) is not legacy
+    ids = {-200: 500, 500: 502, 501: 503}
+    for text in [text.replace("<special>", "<end>") for text in making.texts() if legacy]:
+        assert [ids.get(token, token) for token in making.llava_ids(text, slow, -200)] == fast(text).input_ids, text
+    state["lm_head.weight"] = state["lm_head.weight"][:503]
+    save_file(state, tmp_path / "native" / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match="a token 503, but lm_head.weight only 503 rows"):
+        export_to_llava(str(tmp_path / "native"), str(tmp_path / "again"))
+
+
+def test_a_tokenizer_that_would_give_other_ids_is_refused_with_the_text(made, parts, tmp_path, cli):
+    source = shutil.copytree(made / "full", tmp_path / "in")
+    making.make_tokenizer(tmp_path / "words", model_type="unigram", byte_fallback=True)
+    shutil.copy(tmp_path / "words" / "tokenizer.model", source)
+    code, _, complaint = cli("export", source, tmp_path / "out")
+    assert code == 1 and "'<0x00><image><0x00>' is [1, " in complaint and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("weight", ["fuser.cross_gate.scale", "linear_2.bias"])
+def test_weights_that_are_no_numbers_are_refused(parts, made, tmp_path, cli, value, weight):
+    export(str(made / "full"), str(tmp_path / "native"))
+    for source, to, arguments in (
+        (shutil.copytree(made / "full", tmp_path / "in"), to_llava, ()),
+        (tmp_path / "native", str, ("--to", "llava")),
+        (stock_folder(parts, tmp_path), str, None),
+    ):
+        state = load_file(source / "model.safetensors")
+        name = to("model.multi_modal_projector." + weight)
+        name = name if name in state else name[len("model.") :]  # of a stock folder, which has no fuser
+        if name in state:
+            state[name].view(-1)[-1] = value
+            save_file(state, source / "model.safetensors", metadata={"format": "pt"})
+            flags = ("--mm_fuser_layers", "0,3,5,7", "--mm_fuser_num_heads", "4")
+            command = ("export", *arguments) if arguments is not None else ("upgrade", *flags)
+            code, _, complaint = cli(*command, source, tmp_path / "out")
+            assert code == 1 and "holds NaN or Inf; " in complaint and complaint.count("\n") == 1
+            assert not (tmp_path / "out").exists()
+
+
+ODD = [
+    {"vision_config": "clip"},
+    {"text_config": []},
+    {"image_token_index": "word"},
+    {"image_token_index": 10**12},
+    {"vision_feature_select_strategy": "cls"},
+    {"vision_feature_select_strategy": ["default"]},
+    {"vision_feature_layer": []},
+    {"vision_feature_layer": "-2"},
+    {"vision_config": {"model_type": "clip_vision_model", "num_hidden_layers": "many"}},
+]
+
+
+@pytest.mark.parametrize("changes", ODD, ids=str)
+@pytest.mark.parametrize("command", [("upgrade",), ("export", "--to", "llava")], ids=" ".join)
+def test_odd_values_in_a_config_are_one_line(parts, tmp_path, cli, command, changes):
+    source = stock_folder(parts, tmp_path)
+    config = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps({**config, **changes}))
+    code, said, complaint = cli(*command, source, tmp_path / "out")
+    assert (code, said) == (1, "") and next(iter(changes)) in complaint and complaint.count("\n") == 1, complaint
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_name_reaches_the_card_as_a_name(made, tmp_path):
+    source = shutil.copytree(made / "full", tmp_path / "in")
+    config = json.loads((source / "config.json").read_text())
+    config["_name_or_path"] = "<script>x</script>\n# `base` | \u202e"
+    (source / "config.json").write_text(json.dumps(config))
+    export(str(source), str(tmp_path / 'a";print(1)#'))
+    card = (tmp_path / 'a";print(1)#' / "README.md").read_text()
+    assert "<script" not in card and "\n# _" not in card and "\u202e" not in card
+    assert 'folder = "a__print(1)#"' in card
+
+
+def test_biases_that_peft_saves_with_lora_bias_all_are_no_hindrance(made, parts, tmp_path):
+    source = shutil.copytree(made / "lora", tmp_path / "in")
+    state = load_file(source / "adapter_model.safetensors")
+    before = "base_model.model.model."
+    state[before + "vision_tower.vision_tower.vision_model.post_layernorm.bias"] = torch.ones(64)
+    for name, value in torch.load(source / "non_lora_trainables.bin").items():
+        state.update({name: value.clone()} if name.endswith("bias") else {})
+    save_file(state, source / "adapter_model.safetensors", metadata={"format": "pt"})
+    for folder_, out in ((source, "out"), (made / "lora", "expected")):
+        export(str(folder_), str(tmp_path / out), base=str(parts / "llama"))
+    found, expected = weights(tmp_path / "out"), weights(tmp_path / "expected")
+    assert found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in found)
+
+
+@pytest.mark.parametrize("ending", ["safetensors", "bin"])
+def test_writing_holds_about_a_tensor_in_memory(tmp_path, ending):
+    """Of 40 tensors of 16 MB."""
+    code = f"""
+import resource, torch
+from safetensors.torch import save_file
+from llava_mmfuser.export import tensors
+
+state = {{str(n): torch.full((1 << 22,), float(n)) for n in range(40)}} if {ending == "bin"} else None
+if state:
+    torch.save(state, "model.bin")
+else:
+    step = tensors.steps({{str(n): tensors.Tensor("float32", (1 << 22,), lambda n=n: torch.full((1 << 22,), float(n)))
+                          for n in range(40)}})[0]
+    step.write("model.safetensors", lambda count: None)
+"""
+    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True)
+    code = f"""
+import resource
+from llava_mmfuser.export import tensors
+
+tensors._MAPPED = 64 << 20
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+step, = tensors.steps(tensors.of_files(".", ["model.{ending}"]))
+step.write("out.safetensors", lambda count: None)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True, text=True, capture_output=True)
+    assert int(done.stdout) < 200 << 10, done.stdout  # kB
+    written = load_file(tmp_path / "out.safetensors")
+    assert all(written[str(n)].unique().tolist() == [n] for n in range(40))
+
+
+OTHER = {  # spelling of llava-hf's folders -> of today, and of transformers 5 where the tower has another depth
+    "language_model.model.": "model.language_model.",
+    "language_model.lm_head.": "lm_head.",
+    "vision_tower.vision_model.": "model.vision_tower.",
+    "multi_modal_projector.": "model.multi_modal_projector.",
 }
 
 
-def test_upgrade_of_a_folder_in_transformers_format_adds_a_fuser_and_nothing_else(parts, tmp_path, cli):
+@pytest.mark.parametrize("spelling", ["llava-hf's", "today's"])
+def test_upgrade_of_a_folder_in_transformers_format_adds_a_fuser_and_nothing_else(parts, tmp_path, cli, spelling):
     checkpoint = making.make_checkpoint(parts, tmp_path, "shut")
     export(str(checkpoint), str(tmp_path / "plain"), plain=True)
     state = {}
     for name, value in weights(tmp_path / "plain").items():
-        new = next(new for new in OLD if name.startswith(new))
-        state[OLD[new] + name[len(new) :]] = value
+        old = next(old for old in OTHER if name.startswith(old))
+        state[name if spelling == "llava-hf's" else OTHER[old] + name[len(old) :]] = value
     save_file(state, tmp_path / "plain" / "model.safetensors", metadata={"format": "pt"})
     flags = ("--mm_fuser_layers", "0,3,5,7", "--mm_fuser_num_heads", "4")
     code, said, complaint = cli("upgrade", tmp_path / "plain", tmp_path / "out", *flags)
     assert (code, complaint) == (0, "")
     new = weights(tmp_path / "out")
+    state = {from_released(name): value for name, value in state.items()}
     assert all(torch.equal(new[name], value) for name, value in state.items())
     fuser = {name for name in new if name not in state}
-    assert fuser and all(name.startswith("multi_modal_projector.fuser.") for name in fuser)
+    assert fuser and all(name.startswith("model.multi_modal_projector.fuser.") for name in fuser)
     before, after = (json.loads((tmp_path / n / "config.json").read_text()) for n in ("plain", "out"))
     assert after["vision_feature_layer"] == [0, 3, 5, 7] and before["vision_feature_layer"] == 7
     assert {name for name in after if after[name] != before.get(name)} == {

@@ -51,6 +51,8 @@ def served(folder, place, *flags, **env):
         "512",
         "--max-num-seqs",
         "2",
+        "--mm-processor-kwargs",
+        '{"backend": "pil"}',
         *flags,
     ]
     env = {**os.environ, "PYTHONPATH": str(place), "HF_HUB_OFFLINE": "1", "VLLM_CPU_KVCACHE_SPACE": "1", **env}
@@ -87,10 +89,11 @@ def ask(address, folder, picture):
         return json.load(answer)["choices"][0]["token_ids"]
 
 
+@pytest.mark.parametrize("name", ["deformable", "dense", "window", "deep", "tokens"])  # all that keep a fuser
 @pytest.mark.parametrize("door", ["plugin", "trusted code"])
-def test_vllm_answers_as_llava(tmp_path, door):
-    folder = MADE / "deformable"
-    expected = np.load(MADE / "deformable.npz")
+def test_vllm_answers_as_llava(tmp_path, door, name):
+    folder = MADE / name
+    expected = np.load(MADE / f"{name}.npz")
     flags, env = ([], {}) if door == "plugin" else (["--trust-remote-code"], {"VLLM_PLUGINS": ""})
     with served(folder, tmp_path, *flags, **env) as address:
         for number, picture in enumerate(pictures()):
