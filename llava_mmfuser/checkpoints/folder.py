@@ -52,11 +52,8 @@ class Checkpoint:
 
 
 def read_checkpoint(folder: str) -> Checkpoint:
-    """Read the config, the index and the names, dtypes and shapes of all weights of a checkpoint folder.
-
-    Raises:
-        ValueError: something that it needs is absent, damaged, of another format, or contradicts another file.
-    """
+    """Read the config, the index and the headers of all weights of a checkpoint folder; refuse what is absent, damaged
+    or contradicts another file."""
     if not os.path.isdir(folder):
         raise ValueError(f"{folder} is not a folder; name the folder of a checkpoint that is on this machine")
     config = read_config(folder)
