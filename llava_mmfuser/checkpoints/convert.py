@@ -1,8 +1,7 @@
-"""Checkpoints: reading their layout, converting them from and to the authors' format, adding a fuser to released ones.
+"""Converting checkpoints from and to the authors' format, and adding a fuser to released ones.
 
-Every command makes a plan, a list of `Step`, from the input, which is only read, and checks all it can before
-`writing` writes the first byte. A safetensors file gets a new header in front of its old data, a ``.bin`` is
-memory-mapped. The returned notes say what is left out: what transformers would not load, optimizer states (which follow
+Every command makes a plan, a list of `Step`, from the input, which is only read, and checks all it can before `writing`
+writes the first byte. Its notes say what is left out: what transformers would not load, optimizer states (which follow
 the old order of parameters), subfolders, and code.
 """
 
@@ -84,8 +83,7 @@ def upgrade(
             continue
         if like.dtype not in DTYPES.values():
             raise ValueError(f"{like.file}: {like.name} is {like.dtype}; only a projector in floating point is allowed")
-        prefix = like.name.split(MARK)[0] + MARK + "fuser."
-        fuser = fuser_weights(fresh, prefix, like.dtype)
+        fuser = fuser_weights(fresh, like.name.split(MARK)[0] + MARK + "fuser.", like.dtype)
         if label in checkpoint.adapters:
             steps.append(writing.renamed(checkpoint.path(label), str, fuser))
         else:
@@ -110,10 +108,8 @@ def upgrade_settings(
     settings.refuse_useless(given)
     if not FUSIONS[settings.fusion].starts_as_identity:
         allowed = " or ".join(name for name, row in FUSIONS.items() if row.starts_as_identity)
-        raise ValueError(
-            f"mm_fuser_fusion={settings.fusion} does not start as an identity, so the upgraded checkpoint would answer "
-            f"otherwise; use {allowed}, or train with it"
-        )
+        why = "does not start as an identity, so the upgraded checkpoint would answer otherwise"
+        raise ValueError(f"mm_fuser_fusion={settings.fusion} {why}; use {allowed}, or train with it")
     try:
         tower = tower_config(name) if tower is None else tower
     except ValueError as error:
@@ -178,18 +174,12 @@ def with_new_shard(
 
 
 def _index_step(checkpoint: Checkpoint, index: Dict[str, Any]) -> Step:
-    safe = checkpoint.shards[0].endswith(".safetensors")
-    return writing.as_json(("model.safetensors" if safe else "pytorch_model.bin") + ".index.json", index)
+    stem = "model.safetensors" if checkpoint.shards[0].endswith(".safetensors") else "pytorch_model.bin"
+    return writing.as_json(stem + ".index.json", index)
 
 
 def finish(
-    command: str,
-    checkpoint: Checkpoint,
-    out: str,
-    steps: List[Step],
-    config: Any,
-    link: bool,
-    own: Mapping[str, Any] = {},
+    command: str, checkpoint: Checkpoint, out: str, steps: List[Step], config: Any, link: bool, own: Any = None
 ) -> List[str]:
     """Carry out `steps`, then copy the other files and at last write config.json. Returns notes for the user.
 
@@ -199,7 +189,7 @@ def finish(
     others, code = writing.carried(checkpoint.folder, checkpoint.others, made, LORA if link else ())
     clean = writing.without_pointers(config)
     code += ["auto_map in config.json"] if clean != config else []
-    steps = [*steps, *others, writing.as_json("config.json", {**clean, **own})]
+    steps = [*steps, *others, writing.as_json("config.json", {**clean, **(own or {})})]
     writing.write_folder(checkpoint.folder, out, steps, command)
     notes = writing.code_note(code)
     notes += [f"left out of {out}: {', '.join(checkpoint.left_out)}"] if checkpoint.left_out else []

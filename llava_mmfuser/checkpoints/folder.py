@@ -89,10 +89,8 @@ def check_index(listed: Collection[str], weights: Iterable[Weight], files: str) 
     """Refuse an index of shards that names other weights than there are; transformers would take it at its word."""
     differing = sorted(set(listed) ^ {weight.name for weight in weights})
     if differing:
-        raise ValueError(
-            f"{files} disagree about {', '.join(differing[:3])} ({len(differing)} tensors); the files belong to "
-            f"different checkpoints, so copy them again"
-        )
+        what = f"{files} disagree about {', '.join(differing[:3])} ({len(differing)} tensors)"
+        raise ValueError(f"{what}; the files belong to different checkpoints, so copy them again")
 
 
 def _read_index(folder: str, name: str) -> Tuple[Dict[str, Any], List[str]]:

@@ -1,5 +1,6 @@
 """Writing a folder: nothing half-written bears its final name."""
 
+import contextlib
 import copy
 import errno
 import functools
@@ -71,7 +72,6 @@ def carried(
 
 
 def code_note(code: List[str]) -> List[str]:
-    """What to tell the user about code of others."""
     return [f"left out, because it is code of others or points to some: {', '.join(code)}"] if code else []
 
 
@@ -102,9 +102,10 @@ def renamed(source: str, rename: Callable[[str], str], extra: Mapping[str, Weigh
 
 
 def added(name: str, weights: Mapping[str, Weight]) -> Step:
-    """A new weight file."""
-    write = _write_safetensors if name.endswith(".safetensors") else _write_new_bin
-    return Step(name, sum(weight.size for weight in weights.values()), functools.partial(write, weights))
+    size = sum(weight.size for weight in weights.values())
+    if name.endswith(".safetensors"):
+        return Step(name, size, functools.partial(_write_safetensors, weights))
+    return Step(name, size, functools.partial(_write_bin, None, str, weights))
 
 
 def shards(weights: Mapping[str, Weight]) -> List[Step]:
@@ -131,12 +132,10 @@ def shard_names(stem: str, ending: str, total: int) -> List[str]:
 
 
 def as_json(name: str, content: Any) -> Step:
-    """A new JSON file."""
     return text(name, json.dumps(content, indent=2) + "\n")
 
 
 def text(name: str, content: str) -> Step:
-    """A new text file."""
     encoded = content.encode()
 
     def write(path: str, advance: Advance) -> None:
@@ -156,9 +155,7 @@ def _copy(source: str, path: str, advance: Advance) -> None:
 def _link(source: str, path: str, advance: Advance) -> None:
     try:
         os.link(os.path.realpath(source), path)  # the hub's cache holds symbolic links
-    except OSError as error:
-        if error.errno not in (errno.EXDEV, errno.EPERM, errno.EMLINK, errno.EOPNOTSUPP, errno.ENOSYS):
-            raise
+    except OSError:
         _copy(source, path, advance)
 
 
@@ -192,23 +189,18 @@ def _write_safetensors(weights: Mapping[str, Weight], path: str, advance: Advanc
             advance(weight.size)
 
 
-def _write_new_bin(weights: Mapping[str, Weight], path: str, advance: Advance) -> None:
-    with open(path, "wb") as stream:
-        torch.save({name: weight.read() for name, weight in weights.items()}, stream)
-    advance(os.path.getsize(path))
-
-
 def _write_bin(
-    source: str, rename: Callable[[str], str], extra: Mapping[str, Weight], path: str, advance: Advance
+    source: Optional[str], rename: Callable[[str], str], extra: Mapping[str, Weight], path: str, advance: Advance
 ) -> None:
-    old = load_bin(source)
+    old = load_bin(source) if source else {}
     new = copy.copy(old)  # keeps the attribute _metadata of a module's state dict
     new.clear()
     new.update({rename(name): value for name, value in old.items()})
     new.update({name: weight.read() for name, weight in extra.items()})
     with open(path, "wb") as stream:
         torch.save(new, stream)
-    shutil.copymode(source, path)
+    if source:
+        shutil.copymode(source, path)
     advance(os.path.getsize(path))
 
 
@@ -222,11 +214,8 @@ def _stream(old: BinaryIO, new: BinaryIO, advance: Advance) -> None:
     while left:
         count = 0
         if in_kernel:
-            try:
+            with contextlib.suppress(OSError):  # a full disk stops the other way, too
                 count = os.copy_file_range(old.fileno(), new.fileno(), min(left, _CHUNK))
-            except OSError as error:
-                if error.errno not in (errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EPERM):
-                    raise
             in_kernel = count > 0
         if not in_kernel:
             count = new.write(os.read(old.fileno(), min(left, _CHUNK)))
@@ -264,9 +253,11 @@ def write_folder(source: str, out: str, steps: List[Step], command: str) -> None
     try:
         with tqdm(total=needed, unit="B", unit_scale=True, disable=None, desc=command) as bar:
             for step in steps:
-                path = os.path.join(work, step.name)
+                path, mode = os.path.join(work, step.name), modes.get(step.name, narrowest)
                 _carry_out(step, path, bar.update)
-                _keep_private(path, modes.get(step.name, narrowest))
+                found = os.stat(path)
+                if found.st_nlink == 1 and found.st_mode & ~mode & 0o077:  # nobody may read it who could not before
+                    os.chmod(path, found.st_mode & (mode | 0o700) & 0o777)
         if _snapshot(source) != before:
             raise ValueError(f"{source} was changed in the meantime; run the same command again")
         if os.path.lexists(out):
@@ -290,13 +281,6 @@ def _carry_out(step: Step, path: str, advance: Advance) -> None:
             raise
         text = f"{cause.strerror or cause} while writing {path}; nothing is left of it: run the same command again"
         raise OSError(cause.errno, f"{text} once the cause is gone (disk full: free some space)") from error
-
-
-def _keep_private(path: str, mode: int) -> None:
-    """Let nobody read a new file who could not read what it was made of."""
-    found = os.stat(path)
-    if found.st_nlink == 1 and found.st_mode & ~mode & 0o077:
-        os.chmod(path, found.st_mode & (mode | 0o700) & 0o777)
 
 
 def _snapshot(folder: str) -> Dict[str, Tuple[int, int]]:

@@ -18,7 +18,7 @@ from ..checkpoints.verdict import EXPORT, check_format, judge, misfit
 from ..checkpoints.writing import Step
 from ..config import FLAG_PREFIX, MMFuserConfig
 from ..names import MARK, Format, without_wrapper
-from ..towers import TOWERS, check_features, tower_config
+from ..towers import TOWERS, tower_config
 from . import stock, tokenizer
 from .card import model_card
 from .names import PROJECTOR, TOWER_IN_LLAVA, to_native, to_released
@@ -104,17 +104,11 @@ def _check_expressible(config: Mapping[str, Any]) -> None:
     kind = config.get("model_type")
     if kind not in ("llava_llama", "llava"):
         raise ValueError(f"model_type={kind!r} in config.json is not supported; only LLaVA on LLaMA or Vicuna is")
-    check_features(config)
-    for name, allowed in (
-        ("mm_use_im_start_end", (False,)),
-        ("mm_patch_merge_type", ("flat",)),
-        ("image_aspect_ratio", ("pad", "square", None)),
-    ):
+    known: Dict[str, List[Any]] = {"mm_use_im_start_end": [False], "mm_patch_merge_type": ["flat"]}
+    for name, allowed in {**known, "image_aspect_ratio": ["pad", "square", None]}.items():
         if config.get(name, allowed[0]) not in allowed:
-            raise ValueError(
-                f"{name}={config[name]!r} in config.json cannot be said to transformers' LLaVA; "
-                f"allowed is {' or '.join(map(repr, allowed))}"
-            )
+            what = f"{name}={config[name]!r} in config.json cannot be said to transformers' LLaVA"
+            raise ValueError(f"{what}; allowed is {' or '.join(map(repr, allowed))}")
 
 
 def _language_model(checkpoint: Checkpoint, base: Optional[str]) -> Checkpoint:
@@ -124,17 +118,14 @@ def _language_model(checkpoint: Checkpoint, base: Optional[str]) -> Checkpoint:
             raise ValueError(f"{checkpoint.folder} is a full checkpoint, which needs no base; drop --base {base}")
         return checkpoint
     if base is None:
-        raise ValueError(
-            f"{checkpoint.folder} has no language model; name the one that it was trained with, a folder or a name on "
-            f"the hub, by --base"
-        )
+        advice = "name the one that it was trained with, a folder or a name on the hub, by --base"
+        raise ValueError(f"{checkpoint.folder} has no language model; {advice}")
     found = read_checkpoint(local_folder(base, "--base"))
     for name in ("hidden_size", "num_hidden_layers"):
-        if found.config.get(name) != checkpoint.config.get(name):
-            raise ValueError(
-                f"--base {base} has {name}={found.config.get(name)!r}, but {checkpoint.folder} was trained with a "
-                f"language model of {checkpoint.config.get(name)!r}; name that one"
-            )
+        there, wanted = found.config.get(name), checkpoint.config.get(name)
+        if there != wanted:
+            what = f"--base {base} has {name}={there!r}, but {checkpoint.folder} was trained with a language model of"
+            raise ValueError(f"{what} {wanted!r}; name that one")
     return found
 
 
@@ -187,11 +178,9 @@ def _merged(checkpoint: Checkpoint, weights: Mapping[str, Weight], trained: Mapp
     config = read_json(checkpoint.path("adapter_config.json"))
     unknown = [name for name in ("use_dora", "rank_pattern", "alpha_pattern", "fan_in_fan_out") if config.get(name)]
     if unknown:
-        raise ValueError(
-            f"{checkpoint.folder}/adapter_config.json has {unknown[0]}={config[unknown[0]]!r}, which only PEFT can "
-            f"merge; in LLaVA's checkout run: python scripts/merge_lora_weights.py --model-path {checkpoint.folder} "
-            f"--model-base BASE --save-model-path MERGED, and export MERGED"
-        )
+        what = f"{checkpoint.folder}/adapter_config.json has {unknown[0]}={config[unknown[0]]!r}, which only PEFT can"
+        run = f"python scripts/merge_lora_weights.py --model-path {checkpoint.folder} --model-base BASE"
+        raise ValueError(f"{what} merge; in LLaVA's checkout run: {run} --save-model-path MERGED, and export MERGED")
     scale = config["lora_alpha"] / (math.sqrt(config["r"]) if config.get("use_rslora") else config["r"])
     merged = {}
     for name, down in trained.items():
@@ -229,27 +218,26 @@ def _stock(
     plain: Optional[bool], settings: MMFuserConfig, config: Mapping[str, Any], fuser: Fusion, weight: Weight
 ) -> Tuple[Optional[Dict[int, torch.Tensor]], List[str]]:
     """`stock.first_layer` in the weight's dtype if the folder is to be transformers' own LLaVA, else None; notes."""
-    exact = None
-    if settings.projector == "mlp2x_gelu":
-        with_cls = config.get("mm_vision_select_feature", "patch") != "patch"  # the query's passes unfused
-        if not with_cls or fuser.is_identity():
-            exact = stock.first_layer(settings.fusion, fuser, settings.layers, weight.read())
-    if exact is None:
-        if plain:
-            raise ValueError(
-                f"{settings.summary()}, {settings.projector}: transformers' own LLaVA can say only linear fusions of "
-                f"patches, and fusers with shut gates, in front of mlp2x_gelu; drop --stock"
-            )
+    exact, fusion = None, settings.fusion
+    without_cls = config.get("mm_vision_select_feature", "patch") == "patch"  # the query's CLS passes unfused
+    if settings.projector == "mlp2x_gelu" and (without_cls or fuser.is_identity()):
+        exact = stock.first_layer(fusion, fuser, settings.layers, weight.read())
+    if exact is None and plain:
+        raise ValueError(
+            f"{settings.summary()}, {settings.projector}: transformers' own LLaVA can say only linear fusions of "
+            f"patches, and fusers with shut gates, in front of mlp2x_gelu; drop --stock"
+        )
+    if exact is None or plain is False:
         return None, []
     blocks = {layer: block.to(getattr(torch, weight.dtype)) for layer, block in exact.items()}
     same = all(torch.equal(blocks[layer].double(), block) for layer, block in exact.items())
-    if plain is None:
-        if settings.fusion == "mmfuser":
-            return None, ["the gates are shut; --stock writes plain LLaVA, without code or a fuser to train"]
-        if not same:
-            return None, [f"{settings.fusion} is linear; --stock folds it into plain LLaVA, rounded to {weight.dtype}"]
-        return blocks, [f"{settings.fusion} is linear, so the result is plain LLaVA, which needs no code"]
-    return (blocks, [] if same else [f"folding rounds to {weight.dtype}"]) if plain else (None, [])
+    if plain:
+        return blocks, [] if same else [f"folding rounds to {weight.dtype}"]
+    if fusion == "mmfuser":
+        return None, ["the gates are shut; --stock writes plain LLaVA, without code or a fuser to train"]
+    if not same:
+        return None, [f"{fusion} is linear; --stock folds it into plain LLaVA, rounded to {weight.dtype}"]
+    return blocks, [f"{fusion} is linear, so the result is plain LLaVA, which needs no code"]
 
 
 def _with_rows(weight: Weight, own: int, rows: int) -> Weight:

@@ -17,7 +17,7 @@ from ..config import FLAG_PREFIX, PROJECTOR_TYPE, MMFuserConfig
 from ..names import MARK, Format
 from ..towers import TowerConfig, kind_of
 from . import tokenizer
-from .folder import LLAMA, VISION_TOWER, code, fuser_config, local_folder
+from .folder import LLAMA, PREPROCESSOR, VISION_TOWER, code, fuser_config, local_folder
 from .names import PROJECTOR, TOWER_IN_LLAVA, from_released, to_llava
 
 _FEATURES = {"default": "patch", "full": "cls_patch"}
@@ -32,7 +32,7 @@ def upgrade(source: str, out: str, link: bool = False, settings: Mapping[str, An
     """
     link, notes = check_out(source, out, link)
     checkpoint, config = _read(source, "upgrade")
-    first = _first_layer(checkpoint)
+    first, projector = _projector(checkpoint)
     layer = config["vision_feature_layer"]
     if not isinstance(layer, int):
         raise ValueError(f"vision_feature_layer={layer!r} in {source}/config.json: it fuses several layers already")
@@ -41,7 +41,7 @@ def upgrade(source: str, out: str, link: bool = False, settings: Mapping[str, An
         raise ValueError(f"vision_config has model_type={vision.get('model_type')!r}; only CLIP towers are supported")
     tower = TowerConfig("CLIP", first.shape[1], vision["num_hidden_layers"], num_deleted=0)
     check_count(tower.hidden_size, MAX_WIDTH, "hidden_size of the vision tower")
-    refuse_nan(_projector(checkpoint).values())
+    refuse_nan(projector.values())
     known = {"mm_projector_type": "mlp2x_gelu", "mm_vision_select_layer": layer}
     resolved, _ = upgrade_settings(known, dict(settings), "vision_config", tower)
     fresh = resolved.build(tower.hidden_size, first.shape[0]).state_dict()
@@ -72,10 +72,8 @@ def export_to_llava(source: str, out: str, base: Optional[str] = None, vision_to
         raise ValueError(f"text_config has model_type={kind!r}; LLaVA's format is written for LLaMA only")
     name = vision_tower or config.get(VISION_TOWER)
     if not isinstance(name, str):
-        raise ValueError(
-            f"{source}/config.json does not say which vision tower it has; name the one that it was trained with, "
-            f"such as openai/clip-vit-large-patch14-336, by --vision-tower"
-        )
+        advice = "name the one that it was trained with, such as openai/clip-vit-large-patch14-336, by --vision-tower"
+        raise ValueError(f"{source}/config.json does not say which vision tower it has; {advice}")
     words = source if "tokenizer.model" in checkpoint.others or base is None else local_folder(base, "--base")
     if not os.path.isfile(os.path.join(words, "tokenizer.model")):
         raise ValueError(f"{words} has no tokenizer.model; name a folder that has LLaVA's or Vicuna's by --base")
@@ -170,17 +168,13 @@ def _llava_config(
     }
 
 
-def _projector(checkpoint: Checkpoint) -> Dict[str, Weight]:
-    """The projector's weights, under their full names."""
+def _projector(checkpoint: Checkpoint) -> Tuple[Weight, Dict[str, Weight]]:
+    """The weight of the projector's first layer, and all of the projector's, under their full names."""
     weights = float_weights(checkpoint.folder, checkpoint.shards)
-    return {name: weight for name, weight in weights.items() if "multi_modal_projector." in name}
-
-
-def _first_layer(checkpoint: Checkpoint) -> Weight:
-    """The weight of the projector's first layer."""
-    for name, tensor in _projector(checkpoint).items():
-        if name.endswith("multi_modal_projector.linear_1.weight") and len(tensor.shape) == 2:
-            return tensor
+    weights = {name: weight for name, weight in weights.items() if "multi_modal_projector." in name}
+    for name, weight in weights.items():
+        if name.endswith("multi_modal_projector.linear_1.weight") and len(weight.shape) == 2:
+            return weight, weights
     raise ValueError(f"{checkpoint.folder} has no weights of a projector (multi_modal_projector.linear_1)")
 
 
@@ -188,7 +182,7 @@ def _llava_weights(
     checkpoint: Checkpoint, config: Mapping[str, Any]
 ) -> Tuple[Dict[str, Weight], Optional[MMFuserConfig]]:
     """All weights under LLaVA's names, and the settings of the fuser, if there is one."""
-    _first_layer(checkpoint)  # refuses a folder without a projector
+    _projector(checkpoint)  # refuses a folder without one
     layers = config["vision_feature_layer"]
     linear = config.get(FLAG_PREFIX + "projector") == "linear"
     weights = {}
@@ -235,9 +229,7 @@ def _text_config(config: Mapping[str, Any]) -> Dict[str, Any]:
     if isinstance(rope, dict):
         kind = rope.get("rope_type", "default")
         if kind not in ("default", "linear", "dynamic"):
-            raise ValueError(
-                f"text_config has rope_type={kind!r}; LLaVA's LLaMA knows default, linear and dynamic only"
-            )
+            raise ValueError(f"text_config has rope_type={kind!r}; LLaVA's LLaMA knows default, linear, dynamic only")
         found["rope_theta"] = rope.get("rope_theta")
         found["rope_scaling"] = None if kind == "default" else {"type": kind, "factor": rope.get("factor")}
     found["rope_theta"] = found["rope_theta"] or 10000.0
@@ -246,7 +238,7 @@ def _text_config(config: Mapping[str, Any]) -> Dict[str, Any]:
 
 def _pads(checkpoint: Checkpoint) -> bool:
     """Whether pictures are padded to a square; the setting's place differs between versions."""
-    image = _json(checkpoint, "preprocessor_config.json") or _json(checkpoint, "processor_config.json")
+    image = _json(checkpoint, PREPROCESSOR) or _json(checkpoint, "processor_config.json")
     return bool({**image, **image.get("image_processor", {})}.get("do_pad"))
 
 

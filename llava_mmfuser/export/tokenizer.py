@@ -232,32 +232,26 @@ def _content(old: LlavaTokenizer, added: List[Dict[str, Any]]) -> Dict[str, Any]
     else:
         model = {"type": "Unigram", "unk_id": 0, "vocab": [[piece.piece, piece.score] for piece in pieces]}
         model["byte_fallback"] = old.proto.trainer_spec.byte_fallback
+    own, alone = [piece.piece for piece in pieces if piece.type == piece.USER_DEFINED], None
+    if own:  # which sentencepiece keeps apart from what stands beside them
+        alone = {"type": "Split", "pattern": {"Regex": _any(own)}, "behavior": "Isolated", "invert": False}
     bos = old.named["bos_token"]
     single: List[Any] = [{"SpecialToken": {"id": bos, "type_id": 0}}] * len(old.ends[0])
     single.append({"Sequence": {"id": "A", "type_id": 0}})
-    template: Dict[str, Any] = {
-        "type": "TemplateProcessing",
-        "single": single,
-        "pair": [*single, {"Sequence": {"id": "B", "type_id": 1}}],
-    }
+    template: Dict[str, Any] = {"type": "TemplateProcessing", "single": single}
+    template["pair"] = [*single, {"Sequence": {"id": "B", "type_id": 1}}]
     template["special_tokens"] = {bos: {"id": bos, "ids": old.ends[0], "tokens": [bos]}} if old.ends[0] else {}
+    steps = [_replace({"String": _MARK}, " "), {"type": "ByteFallback"}, {"type": "Fuse"}]
+    steps.append({"type": "Strip", "content": " ", "start": 1, "stop": 0})
     return {
         "version": "1.0",
         "truncation": None,
         "padding": None,
         "added_tokens": added,
         "normalizer": _normalizer(old),
-        "pre_tokenizer": _user_defined(old),
+        "pre_tokenizer": alone,
         "post_processor": template,
-        "decoder": {
-            "type": "Sequence",
-            "decoders": [
-                _replace({"String": _MARK}, " "),
-                {"type": "ByteFallback"},
-                {"type": "Fuse"},
-                {"type": "Strip", "content": " ", "start": 1, "stop": 0},
-            ],
-        },
+        "decoder": {"type": "Sequence", "decoders": steps},
         "model": model,
     }
 
@@ -283,14 +277,6 @@ def _normalizer(old: LlavaTokenizer) -> Dict[str, Any]:
 
 def _replace(pattern: Dict[str, str], content: str) -> Dict[str, Any]:
     return {"type": "Replace", "pattern": pattern, "content": content}
-
-
-def _user_defined(old: LlavaTokenizer) -> Optional[Dict[str, Any]]:
-    """What keeps sentencepiece's user-defined pieces apart from what stands beside them."""
-    pieces = [piece.piece for piece in old.proto.pieces if piece.type == piece.USER_DEFINED]
-    if not pieces:
-        return None
-    return {"type": "Split", "pattern": {"Regex": _any(pieces)}, "behavior": "Isolated", "invert": False}
 
 
 def _difference(old: LlavaTokenizer, content: Dict[str, Any], image: int) -> Optional[str]:
