@@ -20,10 +20,8 @@ def read_adapter(path: str) -> Dict[str, torch.Tensor]:
     projector = {name.split(MARK, 1)[1]: value for name, value in state_dict.items() if MARK in name}
     without_wrapper(projector)
     if not projector:
-        raise ValueError(
-            f"{path} has no weights of a projector (no name with {MARK!r}); it looks like {describe(state_dict)}; "
-            f"its first names: {', '.join(list(state_dict)[:3]) or 'none'}"
-        )
+        found = f"it looks like {describe(state_dict)}; its first names: {', '.join(list(state_dict)[:3]) or 'none'}"
+        raise ValueError(f"{path} has no weights of a projector (no name with {MARK!r}); {found}")
     return projector
 
 

@@ -85,17 +85,15 @@ def float_weights(folder: str, files: Iterable[str]) -> Dict[str, Weight]:
 
 def read_header(path: str) -> Tuple[Dict[str, Any], int]:
     """The JSON header of a safetensors file, and where its data begin, in bytes; refuses a damaged file."""
-    from safetensors import safe_open
+    from safetensors import SafetensorError, safe_open
 
     try:
         with safe_open(path, framework="pt"), open(path, "rb") as stream:  # the former checks header and length
             length = int.from_bytes(stream.read(8), "little")
             return json.loads(stream.read(length).decode("utf-8")), 8 + length
-    except Exception as error:  # safetensors' own has no common type
-        raise ValueError(
-            f"{path} ({os.path.getsize(path)} bytes) is not a complete safetensors file, it is truncated or damaged: "
-            f"{error}; download or copy it again"
-        ) from error
+    except (SafetensorError, ValueError) as error:
+        what = f"{path} ({os.path.getsize(path)} bytes) is not a complete safetensors file, it is truncated or damaged"
+        raise ValueError(f"{what}: {error}; download or copy it again") from error
 
 
 def load_bin(path: str) -> Dict[str, torch.Tensor]:

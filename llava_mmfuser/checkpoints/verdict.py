@@ -146,10 +146,8 @@ def check_tower(config: Any, vision_config: Any) -> None:
     other layers than its ``mm_vision_select_layer``, as after an edit."""
     width, name = read_setting(config, "mm_hidden_size"), read_setting(config, "mm_vision_tower")
     if width is not None and width != vision_config.hidden_size:
-        raise ValueError(
-            f"mm_hidden_size={width!r}, but mm_vision_tower={name!r} has width {vision_config.hidden_size}; name the "
-            f"vision tower that the checkpoint was trained with"
-        )
+        found = f"mm_hidden_size={width!r}, but mm_vision_tower={name!r} has width {vision_config.hidden_size}"
+        raise ValueError(f"{found}; name the vision tower that the checkpoint was trained with")
     listed, select_layer = read_setting(config, "mm_fuser_layers"), read_setting(config, "mm_vision_select_layer")
     if select_layer is None:
         raise ValueError("config.json has no mm_vision_select_layer, which LLaVA asks for; write the query layer there")

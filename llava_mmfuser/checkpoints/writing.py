@@ -239,17 +239,16 @@ def write_folder(source: str, out: str, steps: List[Step], command: str) -> None
     narrowest = functools.reduce(operator.and_, modes.values(), 0o777)
     needed, free = sum(step.size for step in steps), shutil.disk_usage(parent).free
     if needed > free:
-        raise ValueError(
-            f"{out} needs {needed} bytes ({needed / 1e9:.1f} GB), but only {free} bytes ({free / 1e9:.1f} GB) are free "
-            f"in {parent}; free some, choose another place, or share unchanged weight files with the input by --link"
+        sizes = (
+            f"{needed} bytes ({needed / 1e9:.1f} GB), but only {free} bytes ({free / 1e9:.1f} GB) are free in {parent}"
         )
+        advice = "free some, choose another place, or share unchanged weight files with the input by --link"
+        raise ValueError(f"{out} needs {sizes}; {advice}")
     try:
         os.mkdir(work, os.stat(source).st_mode & 0o777 | 0o700)
     except FileExistsError as error:
-        raise ValueError(
-            f"{work} exists: a run that was killed left it, or another is writing to it; delete it if none is, or "
-            f"choose another name than {out}"
-        ) from error
+        why = "a run that was killed left it, or another is writing to it"
+        raise ValueError(f"{work} exists: {why}; delete it if none is, or choose another name than {out}") from error
     try:
         with tqdm(total=needed, unit="B", unit_scale=True, disable=None, desc=command) as bar:
             for step in steps:

@@ -223,9 +223,9 @@ def _stock(
     if settings.projector == "mlp2x_gelu" and (without_cls or fuser.is_identity()):
         exact = stock.first_layer(fusion, fuser, settings.layers, weight.read())
     if exact is None and plain:
+        can = "only linear fusions of patches, and fusers with shut gates, in front of mlp2x_gelu"
         raise ValueError(
-            f"{settings.summary()}, {settings.projector}: transformers' own LLaVA can say only linear fusions of "
-            f"patches, and fusers with shut gates, in front of mlp2x_gelu; drop --stock"
+            f"{settings.summary()}, {settings.projector}: transformers' own LLaVA can say {can}; drop --stock"
         )
     if exact is None or plain is False:
         return None, []
