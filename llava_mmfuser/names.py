@@ -18,8 +18,7 @@ Shapes = Dict[str, Tuple[int, ...]]
 def from_published(name: str, linear: bool = False) -> str:
     """Our name of a weight in the authors' projector, both as they are behind ``mm_projector.``.
 
-    Theirs is ``Sequential(fuser, Linear, GELU, Linear, …)``; ours keeps the MLP at LLaVA's own 0, 2, …, and a `linear`
-    projector, which is a single Linear, without a number.
+    Theirs is ``Sequential(fuser, Linear, GELU, Linear, …)``; ours keeps LLaVA's own 0, 2, …, or no number if `linear`.
     """
     first, _, rest = name.partition(".")
     if first == "0":
@@ -41,10 +40,8 @@ def is_published(names: Iterable[str]) -> bool:
 
 
 def rename_published(state_dict: Dict[str, Any], prefix: str = "", linear: bool = False) -> None:
-    """Give the tensors of an authors' adapter our names, in place; leave every other state dict alone.
-
-    Their names begin with `prefix`, such as ``model.mm_projector.``. For `linear` see `from_published`.
-    """
+    """Give the tensors of an authors' adapter, whose names begin with `prefix`, our names, in place; leave every other
+    state dict alone. For `linear` see `from_published`."""
     if is_published(key[len(prefix) :] for key in state_dict if key.startswith(prefix)):
         for key in [key for key in state_dict if re.match(r"\d+\.", key[len(prefix) :]) and key.startswith(prefix)]:
             state_dict[prefix + from_published(key[len(prefix) :], linear)] = state_dict.pop(key)
@@ -82,7 +79,7 @@ def expected_shapes(settings: MMFuserConfig, mm_hidden_size: int, hidden_size: i
 
 
 def describe(names: Iterable[str]) -> str:
-    """What kind of file has these names of weights; those of a projector with or without their ``mm_projector.``."""
+    """What kind of file has these names of weights, which are whole or from behind ``mm_projector.``."""
     names = list(names)
     projector = [name.split(MARK, 1)[1] for name in names if MARK in name]
     if any(re.search(r"lora_[AB]", name) for name in names):
@@ -158,19 +155,3 @@ def is_authors_config(config: Any) -> bool:
     projector type of its own."""
     listed = is_listed(read_setting(config, "mm_vision_select_layer"))
     return listed and read_setting(config, "mm_projector_type") != PROJECTOR_TYPE
-
-
-def convert_hint(path: str) -> str:
-    """What to do about a checkpoint in the authors' format."""
-    return (
-        f"a checkpoint in the format of the authors' MMFuser fork, which has other weight names; convert it with: "
-        f"python -m llava_mmfuser convert {path} {path.rstrip('/')}-llava-mmfuser"
-    )
-
-
-def native_hint(path: str) -> str:
-    """What to do about a checkpoint in transformers' own format where LLaVA's is wanted."""
-    return (
-        f"a LLaVA in transformers' own format; write it in LLaVA's with: "
-        f"python -m llava_mmfuser export --to llava {path} {path.rstrip('/')}-llava"
-    )

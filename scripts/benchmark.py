@@ -17,6 +17,7 @@ from types import SimpleNamespace
 from typing import Any, Callable, Dict, List, NamedTuple, Optional, Tuple
 from unittest import mock
 
+import sampling_deformops
 import torch
 from housekeeping import write
 from torch.utils.benchmark import Timer
@@ -160,6 +161,8 @@ def bench_op(case: Case) -> List[Row]:
         if ops.unavailable(name, case.device, case.dtype) is None:
             call = partial(ops.deformable_sampling, *inputs, case.grid, implementation=name)
             sides[name] = (call, inputs)
+    if sampling_deformops.unavailable(case.dtype) is None:
+        sides["deformops"] = (partial(sampling_deformops.deformable_sampling, *inputs, case.grid), inputs)
     return forward_and_backward(case, "op", sides)
 
 

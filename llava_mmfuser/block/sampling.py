@@ -9,8 +9,6 @@ from typing import Any, Callable, Dict, Optional, Tuple, Union
 import torch
 
 from .registration import SUPPORTED, is_compiling
-from .sampling_deformops import deformable_sampling as deformops
-from .sampling_deformops import unavailable as deformops_unavailable
 from .sampling_embedding_bag import deformable_sampling as embedding_bag
 from .sampling_reference import cell_positions  # noqa: F401  (part of the definition)
 from .sampling_reference import deformable_sampling as reference
@@ -31,7 +29,6 @@ IMPLEMENTATIONS: Dict[str, Callable[..., torch.Tensor]] = {
     "reference": reference,
     "embedding_bag": embedding_bag,
     "triton": _triton,
-    "deformops": deformops,
 }
 
 
@@ -56,8 +53,6 @@ def unavailable(implementation: str, device: torch.device, dtype: torch.dtype) -
         from .sampling_triton import unavailable as triton_unavailable
 
         return triton_unavailable(device, dtype)
-    if implementation == "deformops":
-        return deformops_unavailable(dtype)
     if implementation == "embedding_bag" and device.type != "cpu":
         return f"embedding_bag is for the CPU, not for {device.type}"
     return None
@@ -212,7 +207,7 @@ def deformable_sampling(
             f"value, offsets and logits are on {value.device}, {offsets.device} and {logits.device}; "
             f"they must be on one device"
         )
-    if implementation in ("triton", "deformops"):  # which read half types and compute in float32
+    if implementation == "triton":  # which reads half types and computes in float32
         return IMPLEMENTATIONS[implementation](value, offsets, logits, grid)
     dtype = torch.promote_types(value.dtype, torch.float32)
     out = IMPLEMENTATIONS[implementation](value.to(dtype), offsets.to(dtype), logits.to(dtype), grid)

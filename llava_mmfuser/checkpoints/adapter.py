@@ -20,27 +20,19 @@ def read_adapter(path: str) -> Dict[str, torch.Tensor]:
     projector = {name.split(MARK, 1)[1]: value for name, value in state_dict.items() if MARK in name}
     without_wrapper(projector)
     if not projector:
-        raise ValueError(
-            f"{path} has no weights of a projector (no name with {MARK!r}); it looks like {describe(state_dict)}; "
-            f"its first names: {', '.join(list(state_dict)[:3]) or 'none'}"
-        )
+        found = f"it looks like {describe(state_dict)}; its first names: {', '.join(list(state_dict)[:3]) or 'none'}"
+        raise ValueError(f"{path} has no weights of a projector (no name with {MARK!r}); {found}")
     return projector
 
 
 def match_adapter(
     path: str, weights: Dict[str, torch.Tensor], settings: MMFuserConfig, expected: Optional[Shapes], tower: Any = None
 ) -> Dict[str, torch.Tensor]:
-    """Refuse what `read_adapter` read unless it fits. An adapter without a fuser fits if the inner projector does.
+    """Refuse what `read_adapter` read from `path` unless it fits; returns it under our names.
 
-    Args:
-        path, weights: the file, and what was in it.
-        settings: of this run.
-        expected: see `check_shapes`; None to skip that.
-        tower: config of the vision tower, to compare the settings with a ``config.json`` beside `path`; None to skip
-            that.
-
-    Returns:
-        The tensors under our names.
+    An adapter without a fuser fits if the inner projector does. `settings` are of this run; for `expected` see
+    `check_shapes`, and None skips that. `tower`, the vision tower's config, is to compare the settings with a
+    ``config.json`` beside `path`; None skips that.
     """
     kind, weights = describe(weights), dict(weights)
     rename_published(weights, linear=settings.projector == "linear")

@@ -1,13 +1,11 @@
-"""Checkpoints: reading their layout, converting them from and to the authors' format, adding a fuser to released ones.
+"""Converting checkpoints from and to the authors' format, and adding a fuser to released ones.
 
-Every command makes a plan, a list of `Step`, from the input, which is only read, and checks all it can before
-`writing` writes the first byte. A safetensors file gets a new header in front of its old data, a ``.bin`` is
-memory-mapped. The returned notes say what is left out: what transformers would not load, optimizer states (which follow
+Every command makes a plan, a list of `Step`, from the input, which is only read, and checks all it can before `writing`
+writes the first byte. Its notes say what is left out: what transformers would not load, optimizer states (which follow
 the old order of parameters), subfolders, and code.
 """
 
 import dataclasses
-import json
 import os
 from functools import partial
 from typing import Any, Callable, Dict, List, Mapping, Optional, Tuple
@@ -20,7 +18,7 @@ from ..layers import Layers
 from ..names import MARK, Format, from_published, to_published
 from ..towers import check_features, local_tower, tower_config
 from . import writing
-from .files import DTYPES
+from .files import DTYPES, Weight, weight_of
 from .folder import LORA, Checkpoint, read_checkpoint
 from .verdict import CONVERT, TO_AUTHORS, UPGRADE, check_format, check_tower, judge
 from .writing import Step
@@ -29,19 +27,10 @@ from .writing import Step
 def convert(source: str, out: str, to_authors: bool = False, link: bool = False) -> List[str]:
     """Write a checkpoint, adapter or LoRA folder of the authors' fork in our format, or the other way round.
 
-    Args:
-        source, out: folder to read, and folder to make.
-        to_authors: from our format to theirs.
-        link: hard-link weight files that stay as they are; they are copied where that is impossible.
-
-    Returns:
-        Notes for the user, one per line.
-
-    Raises:
-        ValueError: `judge` says no; an `out` that exists or lies in `source`; a disk that is too small.
-        OSError: reading or writing fails.
+    `link` hard-links weight files that stay as they are; they are copied where that is impossible. Returns notes for
+    the user, one per line. Raises ValueError for what is refused, and OSError where reading or writing fails.
     """
-    check_out(source, out)
+    link, notes = check_out(source, out, link)
     checkpoint = read_checkpoint(source)
     config = dict(checkpoint.config)
     settings = judge(checkpoint, TO_AUTHORS if to_authors else CONVERT, local_tower(config)).check()
@@ -57,13 +46,8 @@ def convert(source: str, out: str, to_authors: bool = False, link: bool = False)
         before, mark, rest = name.partition(MARK)
         return before + mark + short(rest) if mark else name
 
-    link, notes = may_link(link, source, out)
-    steps = [
-        writing.renamed(checkpoint.path(file), rename)
-        if any(MARK in weight.name for weight in checkpoint.weights[file])
-        else writing.unchanged(checkpoint.path(file), file, link)
-        for file in checkpoint.shards + checkpoint.adapters
-    ]
+    files = checkpoint.shards + checkpoint.adapters
+    steps = [_kept(checkpoint, file, file, rename, link) for file in files]
     if checkpoint.index:
         weight_map = {rename(name): file for name, file in checkpoint.index["weight_map"].items()}
         steps.append(_index_step(checkpoint, {**checkpoint.index, "weight_map": weight_map}))
@@ -79,19 +63,9 @@ def upgrade(
     gates are random and differ between runs. The model's weight files stay as they are, under the names of shards; the
     fuser gets one of its own. In an adapter or LoRA folder it joins the projector in its file.
 
-    Args:
-        source, out, link: as of `convert`.
-        vision_tower: where to read the tower's config; None takes ``mm_vision_tower`` of config.json.
-        settings: fields of `MMFuserConfig` to values; those that are absent get their defaults.
-
-    Returns:
-        Notes for the user, one per line.
-
-    Raises:
-        ValueError: as `convert`; see `upgrade_settings`.
-        OSError: reading or writing fails.
+    `settings` are fields of `MMFuserConfig`. For the rest see `convert`.
     """
-    check_out(source, out)
+    link, notes = check_out(source, out, link)
     checkpoint = read_checkpoint(source)
     check_format(checkpoint, Format.LLAVA, "upgrade")
     config = dict(checkpoint.config)
@@ -101,7 +75,6 @@ def upgrade(
     widths = {**checkpoint.config, "mm_hidden_size": tower.hidden_size}
     judge(dataclasses.replace(checkpoint, config=widths), UPGRADE).check()
     fresh = resolved.build(tower.hidden_size, config["hidden_size"]).state_dict()
-    link, notes = may_link(link, source, out)
     steps = []
     for label, weights in {**dict.fromkeys(checkpoint.adapters, {}), **checkpoint.projectors()}.items():
         like = next(iter(weights.values()), None)
@@ -110,8 +83,7 @@ def upgrade(
             continue
         if like.dtype not in DTYPES.values():
             raise ValueError(f"{like.file}: {like.name} is {like.dtype}; only a projector in floating point is allowed")
-        prefix = like.name.split(MARK)[0] + MARK + "fuser."
-        fuser = {prefix + name: value.to(getattr(torch, like.dtype)) for name, value in fresh.items()}
+        fuser = fuser_weights(fresh, like.name.split(MARK)[0] + MARK + "fuser.", like.dtype)
         if label in checkpoint.adapters:
             steps.append(writing.renamed(checkpoint.path(label), str, fuser))
         else:
@@ -137,10 +109,8 @@ def upgrade_settings(
     refuse_open(settings.start, "the checkpoint's")
     if not FUSIONS[settings.fusion].starts_as_identity:
         allowed = " or ".join(name for name, row in FUSIONS.items() if row.starts_as_identity)
-        raise ValueError(
-            f"mm_fuser_fusion={settings.fusion} does not start as an identity, so the upgraded checkpoint would answer "
-            f"otherwise; use {allowed}, or train with it"
-        )
+        why = "does not start as an identity, so the upgraded checkpoint would answer otherwise"
+        raise ValueError(f"mm_fuser_fusion={settings.fusion} {why}; use {allowed}, or train with it")
     try:
         tower = tower_config(name) if tower is None else tower
     except ValueError as error:
@@ -155,7 +125,12 @@ def upgrade_settings(
     return settings, tower
 
 
-def check_out(source: str, out: str) -> None:
+def fuser_weights(fresh: Mapping[str, torch.Tensor], prefix: str, dtype: str) -> Dict[str, Weight]:
+    return {prefix + name: weight_of(name, value.to(getattr(torch, dtype))) for name, value in fresh.items()}
+
+
+def check_out(source: str, out: str, link: bool = False) -> Tuple[bool, List[str]]:
+    """Refuse a place for the output; returns whether files can be hard-linked there, and a note if they cannot."""
     if os.path.lexists(os.path.abspath(out)):
         raise ValueError(f"{out or os.curdir} exists already; choose another name or delete it")
     inside, outside = os.path.realpath(out), os.path.realpath(source)
@@ -166,57 +141,46 @@ def check_out(source: str, out: str) -> None:
         raise ValueError(f"{parent} is not a folder; make it first, or choose another place for {out}")
     if not os.access(parent, os.W_OK | os.X_OK):
         raise ValueError(f"{parent} is not writable; choose another place for {out}")
-
-
-def may_link(link: bool, source: str, out: str) -> Tuple[bool, List[str]]:
-    if link and os.stat(source).st_dev != os.stat(os.path.dirname(os.path.abspath(out))).st_dev:
+    if link and os.path.isdir(source) and os.stat(source).st_dev != os.stat(parent).st_dev:
         return False, [f"{out} is on another file system, so weight files are copied, not linked"]
     return link, []
 
 
+def _kept(checkpoint: Checkpoint, file: str, name: str, rename: Callable[[str], str], link: bool) -> Step:
+    """A weight file under a new name, with its tensors renamed if any has another name then."""
+    if any(rename(weight.name) != weight.name for weight in checkpoint.weights[file]):
+        return writing.renamed(checkpoint.path(file), rename)._replace(name=name)
+    return writing.unchanged(checkpoint.path(file), name, link)
+
+
 def with_new_shard(
-    checkpoint: Checkpoint, tensors: Dict[str, torch.Tensor], link: bool, rename: Callable[[str], str] = str
+    checkpoint: Checkpoint, weights: Dict[str, Weight], link: bool, rename: Callable[[str], str] = str
 ) -> List[Step]:
     """The model's files under the names of the first n of n + 1 shards, with their tensors renamed, one more with
-    `tensors`, and the index."""
+    `weights`, and the index."""
     safe = checkpoint.shards[0].endswith(".safetensors")
     stem, ending = ("model", ".safetensors") if safe else ("pytorch_model", ".bin")
-    total = len(checkpoint.shards) + 1
-    names = [f"{stem}-{number:05d}-of-{total:05d}{ending}" for number in range(1, total + 1)]
-    steps = [
-        writing.renamed(checkpoint.path(file), rename)._replace(name=name)
-        if any(rename(weight.name) != weight.name for weight in checkpoint.weights[file])
-        else writing.unchanged(checkpoint.path(file), name, link)
-        for file, name in zip(checkpoint.shards, names)
-    ]
-    size = sum(value.nbytes for value in tensors.values())
-    steps.append(writing.added(names[-1], tensors))
-    weight_map = {
-        rename(w.name): name for file, name in zip(checkpoint.shards, names) for w in checkpoint.weights[file]
-    }
-    weight_map.update(dict.fromkeys(tensors, names[-1]))
+    names = writing.shard_names(stem, ending, len(checkpoint.shards) + 1)
+    files = list(zip(checkpoint.shards, names))
+    weight_map = {rename(weight.name): name for file, name in files for weight in checkpoint.weights[file]}
+    weight_map.update(dict.fromkeys(weights, names[-1]))
+    steps = [_kept(checkpoint, file, name, rename, link) for file, name in files]
+    steps.append(writing.added(names[-1], weights))
     old = checkpoint.index or {"metadata": {}}
-    old_size = old["metadata"].get("total_size")
-    if not isinstance(old_size, int):
-        old_size = sum(os.path.getsize(checkpoint.path(file)) for file in checkpoint.shards)
-    index = {**old, "metadata": {**old["metadata"], "total_size": old_size + size}, "weight_map": weight_map}
-    return steps + [_index_step(checkpoint, index)]
+    size = old["metadata"].get("total_size")
+    if not isinstance(size, int):
+        size = sum(os.path.getsize(checkpoint.path(file)) for file in checkpoint.shards)
+    metadata = {**old["metadata"], "total_size": size + steps[-1].size}
+    return steps + [_index_step(checkpoint, {**old, "metadata": metadata, "weight_map": weight_map})]
 
 
 def _index_step(checkpoint: Checkpoint, index: Dict[str, Any]) -> Step:
-    safe = checkpoint.shards[0].endswith(".safetensors")
-    name = ("model.safetensors" if safe else "pytorch_model.bin") + ".index.json"
-    return writing.text(name, json.dumps(index, indent=2) + "\n")
+    stem = "model.safetensors" if checkpoint.shards[0].endswith(".safetensors") else "pytorch_model.bin"
+    return writing.as_json(stem + ".index.json", index)
 
 
 def finish(
-    command: str,
-    checkpoint: Checkpoint,
-    out: str,
-    steps: List[Step],
-    config: Dict[str, Any],
-    link: bool,
-    own: Optional[Mapping[str, Any]] = None,
+    command: str, checkpoint: Checkpoint, out: str, steps: List[Step], config: Any, link: bool, own: Any = None
 ) -> List[str]:
     """Carry out `steps`, then copy the other files and at last write config.json. Returns notes for the user.
 
@@ -226,7 +190,7 @@ def finish(
     others, code = writing.carried(checkpoint.folder, checkpoint.others, made, LORA if link else ())
     clean = writing.without_pointers(config)
     code += ["auto_map in config.json"] if clean != config else []
-    steps = [*steps, *others, writing.text("config.json", json.dumps({**clean, **(own or {})}, indent=2) + "\n")]
+    steps = [*steps, *others, writing.as_json("config.json", {**clean, **(own or {})})]
     writing.write_folder(checkpoint.folder, out, steps, command)
     notes = writing.code_note(code)
     notes += [f"left out of {out}: {', '.join(checkpoint.left_out)}"] if checkpoint.left_out else []

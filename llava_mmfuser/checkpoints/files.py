@@ -1,85 +1,99 @@
 """Weight files, whose headers tell names, dtypes and shapes, and config.json. A ``.bin`` is memory-mapped."""
 
 import contextlib
+import functools
 import inspect
 import json
 import math
 import os
 import zipfile
-from typing import Any, Dict, Iterable, Iterator, List, Mapping, NamedTuple, Optional, Tuple
+from typing import Any, Callable, Dict, Iterable, List, Mapping, NamedTuple, Optional, Tuple
 
 import torch
 
 from ..names import MARK, without_wrapper
 
 DTYPES = {"F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64": "float64"}
-# fmt: off
-BITS = {"BOOL": 8, "U8": 8, "I8": 8, "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6, "F8_E4M3": 8, "F8_E4M3FNUZ": 8, "F8_E5M2": 8,
-        "F8_E5M2FNUZ": 8, "F8_E8M0": 8, "U16": 16, "I16": 16, "F16": 16, "BF16": 16, "U32": 32, "I32": 32, "F32": 32,
-        "U64": 64, "I64": 64, "F64": 64, "C64": 64}  # of a number, by safetensors' name
-# fmt: on
+_MAPPED = 256 << 20  # bytes of a ``.bin`` that may be in memory at once
 
 
 class Weight(NamedTuple):
-    """Where one tensor lies (file in the checkpoint's folder, full name), with its dtype and shape."""
+    """A tensor of a file: the file in its folder, full name, dtype, shape, and what reads or makes it when asked."""
 
     file: str
     name: str
     dtype: str
     shape: Tuple[int, ...]
+    read: Callable[[], torch.Tensor]
+
+    @property
+    def size(self) -> int:
+        """In bytes."""
+        return math.prod(self.shape) * torch.empty(0, dtype=getattr(torch, self.dtype)).element_size()
+
+
+def weight_of(name: str, tensor: torch.Tensor) -> Weight:
+    """A tensor that is in memory."""
+    return Weight("", name, str(tensor.dtype)[6:], tuple(tensor.shape), lambda: tensor)
 
 
 def read_weights(folder: str, file: str) -> List[Weight]:
     """Names, dtypes and shapes of the tensors in a safetensors or ``.bin`` file, in its order."""
     path = os.path.join(folder, file)
-    if file.endswith(".safetensors"):
-        entries = [(name, entry) for name, entry in read_header(path)[0].items() if name != "__metadata__"]
-        return [Weight(file, name, DTYPES.get(e["dtype"], e["dtype"]), tuple(e["shape"])) for name, e in entries]
-    state = load_bin(path)
-    return [Weight(file, name, str(t.dtype).replace("torch.", ""), tuple(t.shape)) for name, t in state.items()]
+    if not file.endswith(".safetensors"):
+        read = _Bin(path).read
+        found = {name: weight_of(name, tensor) for name, tensor in load_bin(path).items()}
+        return [w._replace(file=file, read=functools.partial(read, name)) for name, w in found.items()]
+    entries = [(name, e["dtype"], e["shape"]) for name, e in read_header(path)[0].items() if name != "__metadata__"]
+    read = functools.partial(_read_safetensors, path)
+    return [Weight(file, n, DTYPES.get(d, d), tuple(shape), functools.partial(read, n)) for n, d, shape in entries]
+
+
+def _read_safetensors(path: str, name: str) -> torch.Tensor:
+    from safetensors import safe_open
+
+    with safe_open(path, framework="pt") as stream:  # opened for one tensor: what stays mapped counts as memory
+        return stream.get_tensor(name)
+
+
+class _Bin:
+    """Reads the tensors of a mapped file, which is mapped again before too much of it is in memory."""
+
+    def __init__(self, path: str):
+        self.path, self.left = path, 0
+        self.state: Dict[str, torch.Tensor] = {}
+
+    def read(self, name: str) -> torch.Tensor:
+        if self.left <= 0:
+            self.state, self.left = load_bin(self.path), _MAPPED
+        self.left -= self.state[name].nbytes
+        return self.state[name]
+
+
+def float_weights(folder: str, files: Iterable[str]) -> Dict[str, Weight]:
+    """The weights of a model's files by their names, files in order; the last of two counts."""
+    found = {}
+    for weight in (weight for file in files for weight in read_weights(folder, file)):
+        if weight.name.endswith(("rotary_emb.inv_freq", "position_ids")):  # buffers that old versions saved
+            continue
+        if weight.dtype not in DTYPES.values():
+            where = os.path.join(folder, weight.file)
+            raise ValueError(f"{where}: {weight.name} is {weight.dtype}; only weights in floating point are allowed")
+        found[weight.name] = weight
+    return found
 
 
 def read_header(path: str) -> Tuple[Dict[str, Any], int]:
-    """The JSON header of a safetensors file, and where its data begin, in bytes.
+    """The JSON header of a safetensors file, and where its data begin, in bytes; refuses a damaged file."""
+    from safetensors import SafetensorError, safe_open
 
-    Raises:
-        ValueError: not a safetensors file; a header that contradicts itself or the file's length.
-    """
-    size = os.path.getsize(path)
-    with open(path, "rb") as stream:
-        length = int.from_bytes(stream.read(8), "little")
-        try:
-            if size < 8 or length > size - 8:
-                raise ValueError(f"its header would take {length} bytes")
-            header = json.loads(stream.read(length).decode("utf-8"))
-            end = 8 + length + _data_length(header)
-            if end != size:
-                raise ValueError(f"its header says {end} bytes: it is truncated or damaged")
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            raise ValueError(
-                f"{path} ({size} bytes) is not a complete safetensors file: {error}; download or copy it again"
-            ) from error
-    return header, 8 + length
-
-
-def _data_length(header: Dict[str, Any]) -> int:
-    """How many bytes a header's tensors take: one behind the other, each as long as its dtype and shape say."""
-    metadata = header.get("__metadata__") or {}
-    if not all(isinstance(value, str) for value in metadata.values()):
-        raise ValueError("its metadata are not texts")
-    entries = [(entry["data_offsets"], name, entry) for name, entry in header.items() if name != "__metadata__"]
-    position = 0
-    for (begin, end), name, entry in sorted(entries):
-        numbers = [begin, end, *entry["shape"]]
-        if not all(type(number) is int and 0 <= number < 1 << 63 for number in numbers):
-            raise ValueError(f"{name} has a shape or offsets that are no whole numbers")
-        if entry["dtype"] not in BITS:
-            raise ValueError(f"{name} is {entry['dtype']!r}; known are {', '.join(BITS)}")
-        size = math.prod(entry["shape"]) * BITS[entry["dtype"]]
-        if begin != position or size != 8 * (end - begin):
-            raise ValueError(f"{name}: bytes {begin} to {end} are not those of {entry['shape']} {entry['dtype']}")
-        position = end
-    return position
+    try:
+        with safe_open(path, framework="pt"), open(path, "rb") as stream:  # the former checks header and length
+            length = int.from_bytes(stream.read(8), "little")
+            return json.loads(stream.read(length).decode("utf-8")), 8 + length
+    except (SafetensorError, ValueError) as error:
+        what = f"{path} ({os.path.getsize(path)} bytes) is not a complete safetensors file, it is truncated or damaged"
+        raise ValueError(f"{what}: {error}; download or copy it again") from error
 
 
 def load_bin(path: str) -> Dict[str, torch.Tensor]:
@@ -91,9 +105,6 @@ def read_tensors(path: str, **options: Any) -> Dict[str, torch.Tensor]:
     """Read a state dict saved by `torch.save` onto the CPU, with ``weights_only=True``, which runs no code in the file.
 
     Before torch 2.6 that has a known hole (CVE-2025-32434): take safetensors of strangers, or a newer torch.
-
-    Raises:
-        ValueError: no such file, not a file of tensors (truncated, another format), or a pickle of something else.
     """
     if not os.path.isfile(path):
         hint = "a folder; name the file in it, such as mm_projector.bin" if os.path.isdir(path) else "no such file"
@@ -138,31 +149,20 @@ def read_json(path: str) -> Any:
 def read_config(folder: str) -> Optional[Dict[str, Any]]:
     """``config.json`` of a folder as a dict, or None where there is none; raises ValueError for what is no object."""
     file = os.path.join(folder, "config.json")
-    config = read_json(file) if os.path.isfile(file) else None
-    if os.path.isfile(file) and not isinstance(config, dict):
+    if not os.path.isfile(file):
+        return None
+    config = read_json(file)
+    if not isinstance(config, dict):
         raise ValueError(f"{file} is not a JSON object; copy the config.json that was saved with the weights")
     return config
 
 
-def read_tensors_of(folder: str, weights: Mapping[str, Weight]) -> Iterator[Tuple[str, torch.Tensor]]:
-    """The keys of some weights of a checkpoint and their tensors, one after the other."""
-    for file in dict.fromkeys(weight.file for weight in weights.values()):
-        path, keys = os.path.join(folder, file), [key for key, weight in weights.items() if weight.file == file]
-        if file.endswith(".safetensors"):
-            from safetensors import safe_open
-
-            with safe_open(path, framework="pt") as stream:
-                yield from ((key, stream.get_tensor(weights[key].name)) for key in keys)
-        else:
-            state = load_bin(path)
-            yield from ((key, state[weights[key].name]) for key in keys)
-
-
-def refuse_nan(where: str, name: str, value: torch.Tensor) -> None:
-    """Raise ValueError for a weight that holds NaN or Inf."""
-    if not torch.isfinite(value).all():
-        advice = "its training diverged, or the file is damaged: take an earlier checkpoint"
-        raise ValueError(f"{where}: {name} holds NaN or Inf; {advice}")
+def refuse_nan(weights: Iterable[Weight]) -> None:
+    """Raise ValueError if one holds NaN or Inf."""
+    for weight in weights:
+        if not torch.isfinite(weight.read()).all():
+            advice = "its training diverged, or the file is damaged: take an earlier checkpoint"
+            raise ValueError(f"{weight.file}: {weight.name} holds NaN or Inf; {advice}")
 
 
 def projector_weights(weights: Iterable[Weight]) -> Dict[str, Weight]:

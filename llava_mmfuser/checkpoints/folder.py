@@ -52,11 +52,8 @@ class Checkpoint:
 
 
 def read_checkpoint(folder: str) -> Checkpoint:
-    """Read the config, the index and the names, dtypes and shapes of all weights of a checkpoint folder.
-
-    Raises:
-        ValueError: something that it needs is absent, damaged, of another format, or contradicts another file.
-    """
+    """Read the config, the index and the headers of all weights of a checkpoint folder; refuse what is absent, damaged
+    or contradicts another file."""
     if not os.path.isdir(folder):
         raise ValueError(f"{folder} is not a folder; name the folder of a checkpoint that is on this machine")
     config = read_config(folder)
@@ -92,10 +89,8 @@ def check_index(listed: Collection[str], weights: Iterable[Weight], files: str) 
     """Refuse an index of shards that names other weights than there are; transformers would take it at its word."""
     differing = sorted(set(listed) ^ {weight.name for weight in weights})
     if differing:
-        raise ValueError(
-            f"{files} disagree about {', '.join(differing[:3])} ({len(differing)} tensors); the files belong to "
-            f"different checkpoints, so copy them again"
-        )
+        what = f"{files} disagree about {', '.join(differing[:3])} ({len(differing)} tensors)"
+        raise ValueError(f"{what}; the files belong to different checkpoints, so copy them again")
 
 
 def _read_index(folder: str, name: str) -> Tuple[Dict[str, Any], List[str]]:

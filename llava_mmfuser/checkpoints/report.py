@@ -8,7 +8,7 @@ from ..config import FLAG_PREFIX
 from ..layers import spell
 from ..names import MARK, describe, is_fused, is_published, to_published
 from ..towers import local_tower
-from .files import DTYPES, Weight, read_config, read_tensors_of, read_weights
+from .files import DTYPES, Weight, read_config, read_weights
 from .folder import LORA, Checkpoint, folder_kind, read_checkpoint
 from .verdict import ADAPTER, INSPECT, judge, settings_of
 
@@ -16,11 +16,7 @@ NAME_NOTE = "note: LLaVA goes by the name"
 
 
 def inspect(path: str) -> Tuple[List[str], Optional[str]]:
-    """Lines that say what a checkpoint folder or an adapter file holds, and the reason why it does not load, or None.
-
-    Raises:
-        ValueError: there is no such file or folder.
-    """
+    """Lines that say what a checkpoint folder or an adapter file holds; the reason why it does not load, or None."""
     if not (os.path.isfile(path) or os.path.isdir(path)):  # reading a device may never end
         raise ValueError(f"{path} is neither a file nor a folder on this machine")
     lines = [f"path: {path}"]
@@ -49,7 +45,7 @@ def _lines(path: str) -> Iterator[str]:
     kind, format = describe(names), checkpoint.format()
     yield f"type: {kind}" if lone else f"type: {folder_kind(folder).partition(' ')[2]} ({kind}), {format.value}"
     for weights in checkpoint.projectors().values():
-        yield from _weight_lines(folder, weights)
+        yield from _weight_lines(weights)
     if checkpoint.left_out:
         yield f"not looked at: {', '.join(checkpoint.left_out)}"
     if lone and kind.startswith(("weights of a whole model", "LoRA weights")):
@@ -77,7 +73,7 @@ def _setting_lines(config: Dict[str, Any]) -> Iterator[str]:
         yield f"{key}: {spell(shown[key])}"
 
 
-def _weight_lines(folder: str, weights: Mapping[str, Weight]) -> Iterator[str]:
+def _weight_lines(weights: Mapping[str, Weight]) -> Iterator[str]:
     """Which file holds what part of a projector, and how far the gates are open."""
     published = is_published(weights)
     parts: Dict[Tuple[str, str], List[Weight]] = {}
@@ -86,10 +82,9 @@ def _weight_lines(folder: str, weights: Mapping[str, Weight]) -> Iterator[str]:
         parts.setdefault((weight.file, "fuser" if fuser else "MLP"), []).append(weight)
     for (file, part), found in sorted(parts.items()):
         yield f"weights: {file}: {part}, {len(found)} tensors ({', '.join(sorted({w.dtype for w in found}))})"
-    ours = {"cross": "fuser.cross_gate.scale", "self": "fuser.self_gate.scale"}
-    names = {side: to_published(name) if published else name for side, name in ours.items()}
-    gates = {side: weights[n] for side, n in names.items() if n in weights and weights[n].dtype in DTYPES.values()}
-    for side, gate in read_tensors_of(folder, gates):
-        size = gate.float().abs()
-        if size.numel():
+    for side in ("cross", "self"):
+        name = f"fuser.{side}_gate.scale"
+        gate = weights.get(to_published(name) if published else name)
+        if gate is not None and gate.dtype in DTYPES.values() and gate.shape != (0,):
+            size = gate.read().float().abs()
             yield f"{side} gate: mean |g| {size.mean():.4g}, max |g| {size.max():.4g}"

@@ -13,17 +13,15 @@ from ..names import (
     MARK,
     Format,
     compare,
-    convert_hint,
     differences,
     expected_shapes,
     has_fuser,
     is_authors_config,
     is_fused,
-    native_hint,
     to_published,
 )
 from ..towers import TowerConfig, check_features, check_tower_is_there
-from .files import DTYPES, Weight, read_header, read_tensors_of, refuse_nan
+from .files import DTYPES, Weight, read_header, refuse_nan
 from .folder import MIXED, MODEL, NON_LORA, Checkpoint, folder_kind, name_from_path, name_problem
 
 # Who asks. ADAPTER is `inspect` of a file for --pretrain_mm_mlp_adapter, which translates the authors' names.
@@ -78,20 +76,25 @@ def judge(checkpoint: Checkpoint, purpose: str, tower: Optional[TowerConfig] = N
 
 def check_format(checkpoint: Checkpoint, wanted: Format, command: str) -> None:
     """Refuse a checkpoint of another format, with the command to use instead."""
+    if checkpoint.format() is wanted:
+        return
     folder, kind = checkpoint.folder, checkpoint.config.get("mm_projector_type", "linear")
-    known = "in the authors' format already; nothing is to be done" if command == TO_AUTHORS else convert_hint(folder)
+    beside, known = folder.rstrip("/"), "in the authors' format already; nothing is to be done"
+    if command != TO_AUTHORS:
+        known = "a checkpoint in the format of the authors' MMFuser fork, which has other weight names; convert it with"
+        known += f": python -m llava_mmfuser convert {folder} {beside}-llava-mmfuser"
     is_what = {
         Format.OURS: "in the format of llava_mmfuser already, with a fuser; nothing is to be done (the authors' is "
         f"written by: python -m llava_mmfuser convert --to authors {folder} OUT)",
         Format.AUTHORS: known,
         Format.LLAVA: f"plain LLaVA (mm_projector_type={kind!r}) without a fuser; put a fresh one in front with: "
         f"python -m llava_mmfuser upgrade {folder} OUT",
-        Format.NATIVE: native_hint(folder),
+        Format.NATIVE: f"a LLaVA in transformers' own format; write it in LLaVA's with: "
+        f"python -m llava_mmfuser export --to llava {folder} {beside}-llava",
         Format.OTHER: f"not a LLaVA checkpoint: its config.json has model_type={checkpoint.config.get('model_type')!r} "
         f"and neither mm_vision_tower nor mm_projector_type",
     }
-    if checkpoint.format() is not wanted:
-        raise ValueError(f"{folder} is {is_what[checkpoint.format()]}")
+    raise ValueError(f"{folder} is {is_what[checkpoint.format()]}")
 
 
 def settings_of(config: Mapping[str, Any]) -> MMFuserConfig:
@@ -113,16 +116,12 @@ def misfit(config: Mapping[str, Any], weights: Mapping[str, Weight], theirs: boo
     """Why a projector's weights do not fit a config.json of any format; None if they do.
 
     Weights go by their name behind ``mm_projector.``, ours or `theirs`; without any of our fuser only the others count.
-
-    Raises:
-        ValueError: a setting that is not allowed; a width that is absent, or that the heads do not divide.
+    Raises ValueError for a setting or a width that is not allowed.
     """
     kind = config.get("mm_projector_type", "linear")
     if has_fuser(weights) and not is_fused(config):
-        return (
-            f"mm_projector_type={kind!r} in config.json, but the weights hold a fuser; write mm_projector_type: "
-            f"{PROJECTOR_TYPE}, with the mm_fuser_* settings that it was trained with"
-        )
+        advice = f"write mm_projector_type: {PROJECTOR_TYPE}, with the mm_fuser_* settings that it was trained with"
+        return f"mm_projector_type={kind!r} in config.json, but the weights hold a fuser; {advice}"
     _check_widths(config)
     expected = expected_shapes(settings_of(config), config["mm_hidden_size"], config["hidden_size"])
     found = {name: tuple(weight.shape) for name, weight in weights.items()}
@@ -143,17 +142,12 @@ def _check_widths(config: Mapping[str, Any]) -> None:
 
 
 def check_tower(config: Any, vision_config: Any) -> None:
-    """Refuse a config.json (dict or object) of a LLaVA with fuser whose vision tower is not the one it describes.
-
-    That is: another width; no ``mm_vision_select_layer``, or another layer of this tower than the last of
-    ``mm_fuser_layers``, as after exchanging the tower or editing one of the two.
-    """
+    """Refuse a config.json (dict or object) of a LLaVA with fuser whose vision tower has another width than it says, or
+    other layers than its ``mm_vision_select_layer``, as after an edit."""
     width, name = read_setting(config, "mm_hidden_size"), read_setting(config, "mm_vision_tower")
     if width is not None and width != vision_config.hidden_size:
-        raise ValueError(
-            f"mm_hidden_size={width!r}, but mm_vision_tower={name!r} has width {vision_config.hidden_size}; name the "
-            f"vision tower that the checkpoint was trained with"
-        )
+        found = f"mm_hidden_size={width!r}, but mm_vision_tower={name!r} has width {vision_config.hidden_size}"
+        raise ValueError(f"{found}; name the vision tower that the checkpoint was trained with")
     listed, select_layer = read_setting(config, "mm_fuser_layers"), read_setting(config, "mm_vision_select_layer")
     if select_layer is None:
         raise ValueError("config.json has no mm_vision_select_layer, which LLaVA asks for; write the query layer there")
@@ -256,9 +250,7 @@ def _fuser_is_there(of: Verdict) -> None:
 
 def _numbers_are_finite(of: Verdict) -> None:
     for weights in of.checkpoint.projectors().values():
-        numbers = {name: weight for name, weight in weights.items() if weight.dtype in DTYPES.values()}
-        for name, value in read_tensors_of(of.checkpoint.folder, numbers):
-            refuse_nan(numbers[name].file, numbers[name].name, value)
+        refuse_nan(weight for weight in weights.values() if weight.dtype in DTYPES.values())
 
 
 def _name_is_right(of: Verdict) -> None:

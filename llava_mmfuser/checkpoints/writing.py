@@ -1,19 +1,21 @@
 """Writing a folder: nothing half-written bears its final name."""
 
+import contextlib
 import copy
 import errno
 import functools
-import io
 import json
 import operator
 import os
 import shutil
-from typing import Any, BinaryIO, Callable, Collection, Dict, List, NamedTuple, Optional, Tuple
+from typing import Any, BinaryIO, Callable, Collection, Dict, List, Mapping, NamedTuple, Optional, Tuple
 
 import torch
 
-from .files import load_bin, read_header
+from .files import DTYPES, Weight, load_bin, read_header
 
+SHARD = 5 << 30  # bytes, transformers' own default
+_CODES = {dtype: code for code, dtype in DTYPES.items()}  # safetensors' names
 _CHUNK = 16 << 20  # bytes
 _CODE = (".py", ".pyc", ".pyd", ".pyw", ".so", ".dll", ".dylib", ".exe", ".sh", ".bat", ".ps1")
 _POINTERS = ("auto_map", "custom_pipelines")  # keys in JSON by which transformers finds code
@@ -37,19 +39,10 @@ def unchanged(source: str, name: str, link: bool) -> Step:
 def carried(
     folder: str, names: List[str], own: Collection[str], linked: Collection[str]
 ) -> Tuple[List[Step], List[str]]:
-    """The steps that copy files of a folder which no command reads; no code, and nothing that points to code.
+    """The steps that copy files of a folder which no command reads, but for its `own`, and hard-link those `linked`.
 
-    Args:
-        folder: where they are.
-        names: of the files.
-        own: files that the command writes itself and which are not copied, therefore.
-        linked: those to hard-link.
-
-    Returns:
-        The steps; and what is left out, for `code_note`.
-
-    Raises:
-        ValueError: a symbolic link that leads out of the folder.
+    No code is copied, and nothing that points to code; what is left out is returned for `code_note`. A symbolic link
+    that leads out of the folder is refused.
     """
     steps, code = [], []
     for name in names:
@@ -72,14 +65,13 @@ def carried(
                 code.append(name)
                 continue
             if after != before:
-                step = text(name, json.dumps(after, indent=2, ensure_ascii=False) + "\n")
+                step = as_json(name, after)
                 code.append(f"auto_map in {name}")
         steps.append(step)
     return steps, code
 
 
 def code_note(code: List[str]) -> List[str]:
-    """What to tell the user about code of others."""
     return [f"left out, because it is code of others or points to some: {', '.join(code)}"] if code else []
 
 
@@ -101,41 +93,57 @@ def _refuse_foreign(folder: str, path: str) -> None:
         raise ValueError(f"{path} is a link to {target}, outside the folder; copy that file here, or delete the link")
 
 
-def renamed(source: str, rename: Callable[[str], str], extra: Optional[Dict[str, torch.Tensor]] = None) -> Step:
+def renamed(source: str, rename: Callable[[str], str], extra: Mapping[str, Weight] = {}) -> Step:
     """The weight file `source` with its tensors renamed and, in a ``.bin``, others added."""
-    name, extra = os.path.basename(source), extra or {}
-    safe = name.endswith(".safetensors")
-    write = (
-        functools.partial(_write_renamed, source, rename)
-        if safe
-        else functools.partial(_write_bin, source, rename, extra)
-    )
-    return Step(name, os.path.getsize(source) + sum(value.nbytes for value in extra.values()), write)
-
-
-def added(name: str, tensors: Dict[str, torch.Tensor]) -> Step:
-    """A new weight file."""
+    name, size = os.path.basename(source), os.path.getsize(source) + sum(weight.size for weight in extra.values())
     if name.endswith(".safetensors"):
-        from safetensors.torch import save
+        return Step(name, size, functools.partial(_write_renamed, source, rename))
+    return Step(name, size, functools.partial(_write_bin, source, rename, extra))
 
-        return _of_bytes(name, save(tensors, metadata={"format": "pt"}))
-    buffer = io.BytesIO()
-    torch.save(tensors, buffer)
-    return _of_bytes(name, buffer.getvalue())
+
+def added(name: str, weights: Mapping[str, Weight]) -> Step:
+    size = sum(weight.size for weight in weights.values())
+    if name.endswith(".safetensors"):
+        return Step(name, size, functools.partial(_write_safetensors, weights))
+    return Step(name, size, functools.partial(_write_bin, None, str, weights))
+
+
+def shards(weights: Mapping[str, Weight]) -> List[Step]:
+    """A whole model as safetensors: one file, or shards of at most `SHARD` bytes and their index."""
+    groups: List[Dict[str, Weight]] = [{}]
+    room = SHARD
+    for name, weight in weights.items():
+        if groups[-1] and weight.size > room:
+            groups.append({})
+            room = SHARD
+        groups[-1][name] = weight
+        room -= weight.size
+    if len(groups) == 1:
+        return [added("model.safetensors", weights)]
+    names = shard_names("model", ".safetensors", len(groups))
+    steps = [added(file, group) for file, group in zip(names, groups)]
+    weight_map = {name: file for file, group in zip(names, groups) for name in group}
+    index = {"metadata": {"total_size": sum(step.size for step in steps)}, "weight_map": weight_map}
+    return [*steps, as_json("model.safetensors.index.json", index)]
+
+
+def shard_names(stem: str, ending: str, total: int) -> List[str]:
+    return [f"{stem}-{number:05d}-of-{total:05d}{ending}" for number in range(1, total + 1)]
+
+
+def as_json(name: str, content: Any) -> Step:
+    return text(name, json.dumps(content, indent=2) + "\n")
 
 
 def text(name: str, content: str) -> Step:
-    """A new text file."""
-    return _of_bytes(name, content.encode())
+    encoded = content.encode()
 
-
-def _of_bytes(name: str, content: bytes) -> Step:
     def write(path: str, advance: Advance) -> None:
         with open(path, "wb") as stream:
-            stream.write(content)
-        advance(len(content))
+            stream.write(encoded)
+        advance(len(encoded))
 
-    return Step(name, len(content), write)
+    return Step(name, len(encoded), write)
 
 
 def _copy(source: str, path: str, advance: Advance) -> None:
@@ -147,38 +155,52 @@ def _copy(source: str, path: str, advance: Advance) -> None:
 def _link(source: str, path: str, advance: Advance) -> None:
     try:
         os.link(os.path.realpath(source), path)  # the hub's cache holds symbolic links
-    except OSError as error:
-        if error.errno not in (errno.EXDEV, errno.EPERM, errno.EMLINK, errno.EOPNOTSUPP, errno.ENOSYS):
-            raise
+    except OSError:
         _copy(source, path, advance)
 
 
 def _write_renamed(source: str, rename: Callable[[str], str], path: str, advance: Advance) -> None:
     """Copy a safetensors file under a header with new names."""
     header, start = read_header(source)
-    text = json.dumps(
-        {rename(name): entry for name, entry in header.items()}, ensure_ascii=False, separators=(",", ":")
-    )
-    encoded = text.encode()
-    encoded += b" " * (-len(encoded) % 8)  # safetensors keeps its data aligned
     with open(source, "rb") as old, open(path, "wb") as new:
-        new.write(len(encoded).to_bytes(8, "little") + encoded)
+        _write_header({rename(name): entry for name, entry in header.items()}, new)
         old.seek(start)
         _stream(old, new, advance)
     shutil.copymode(source, path)
 
 
+def _write_header(header: Dict[str, Any], stream: BinaryIO) -> None:
+    encoded = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
+    encoded += b" " * (-len(encoded) % 8)  # safetensors keeps its data aligned
+    stream.write(len(encoded).to_bytes(8, "little") + encoded)
+
+
+def _write_safetensors(weights: Mapping[str, Weight], path: str, advance: Advance) -> None:
+    """Write tensor by tensor; `safetensors.torch.save_file` would hold all of them in memory."""
+    header: Dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name, weight in weights.items():
+        start, end = end, end + weight.size
+        header[name] = {"dtype": _CODES[weight.dtype], "shape": list(weight.shape), "data_offsets": [start, end]}
+    with open(path, "wb") as stream:
+        _write_header(header, stream)
+        for weight in weights.values():
+            stream.write(weight.read().detach().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+            advance(weight.size)
+
+
 def _write_bin(
-    source: str, rename: Callable[[str], str], extra: Dict[str, torch.Tensor], path: str, advance: Advance
+    source: Optional[str], rename: Callable[[str], str], extra: Mapping[str, Weight], path: str, advance: Advance
 ) -> None:
-    old = load_bin(source)
+    old = load_bin(source) if source else {}
     new = copy.copy(old)  # keeps the attribute _metadata of a module's state dict
     new.clear()
     new.update({rename(name): value for name, value in old.items()})
-    new.update(extra)
+    new.update({name: weight.read() for name, weight in extra.items()})
     with open(path, "wb") as stream:
         torch.save(new, stream)
-    shutil.copymode(source, path)
+    if source:
+        shutil.copymode(source, path)
     advance(os.path.getsize(path))
 
 
@@ -192,11 +214,8 @@ def _stream(old: BinaryIO, new: BinaryIO, advance: Advance) -> None:
     while left:
         count = 0
         if in_kernel:
-            try:
+            with contextlib.suppress(OSError):  # a full disk stops the other way, too
                 count = os.copy_file_range(old.fileno(), new.fileno(), min(left, _CHUNK))
-            except OSError as error:
-                if error.errno not in (errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EPERM):
-                    raise
             in_kernel = count > 0
         if not in_kernel:
             count = new.write(os.read(old.fileno(), min(left, _CHUNK)))
@@ -211,10 +230,6 @@ def write_folder(source: str, out: str, steps: List[Step], command: str) -> None
     """Carry out `steps` in ``OUT.incomplete``, which then becomes `out`; what fails or is interrupted leaves nothing.
 
     `source` is the folder that the steps read, and `command` what the progress bar is called.
-
-    Raises:
-        ValueError: an ``OUT.incomplete`` that is there already, a disk that is too small, or a changed input.
-        OSError: writing failed.
     """
     from tqdm import tqdm
 
@@ -224,23 +239,24 @@ def write_folder(source: str, out: str, steps: List[Step], command: str) -> None
     narrowest = functools.reduce(operator.and_, modes.values(), 0o777)
     needed, free = sum(step.size for step in steps), shutil.disk_usage(parent).free
     if needed > free:
-        raise ValueError(
-            f"{out} needs {needed} bytes ({needed / 1e9:.1f} GB), but only {free} bytes ({free / 1e9:.1f} GB) are free "
-            f"in {parent}; free some, choose another place, or share unchanged weight files with the input by --link"
+        sizes = (
+            f"{needed} bytes ({needed / 1e9:.1f} GB), but only {free} bytes ({free / 1e9:.1f} GB) are free in {parent}"
         )
+        advice = "free some, choose another place, or share unchanged weight files with the input by --link"
+        raise ValueError(f"{out} needs {sizes}; {advice}")
     try:
         os.mkdir(work, os.stat(source).st_mode & 0o777 | 0o700)
     except FileExistsError as error:
-        raise ValueError(
-            f"{work} exists: a run that was killed left it, or another is writing to it; delete it if none is, or "
-            f"choose another name than {out}"
-        ) from error
+        why = "a run that was killed left it, or another is writing to it"
+        raise ValueError(f"{work} exists: {why}; delete it if none is, or choose another name than {out}") from error
     try:
         with tqdm(total=needed, unit="B", unit_scale=True, disable=None, desc=command) as bar:
             for step in steps:
-                path = os.path.join(work, step.name)
+                path, mode = os.path.join(work, step.name), modes.get(step.name, narrowest)
                 _carry_out(step, path, bar.update)
-                _keep_private(path, modes.get(step.name, narrowest))
+                found = os.stat(path)
+                if found.st_nlink == 1 and found.st_mode & ~mode & 0o077:  # nobody may read it who could not before
+                    os.chmod(path, found.st_mode & (mode | 0o700) & 0o777)
         if _snapshot(source) != before:
             raise ValueError(f"{source} was changed in the meantime; run the same command again")
         if os.path.lexists(out):
@@ -264,13 +280,6 @@ def _carry_out(step: Step, path: str, advance: Advance) -> None:
             raise
         text = f"{cause.strerror or cause} while writing {path}; nothing is left of it: run the same command again"
         raise OSError(cause.errno, f"{text} once the cause is gone (disk full: free some space)") from error
-
-
-def _keep_private(path: str, mode: int) -> None:
-    """Let nobody read a new file who could not read what it was made of."""
-    found = os.stat(path)
-    if found.st_nlink == 1 and found.st_mode & ~mode & 0o077:
-        os.chmod(path, found.st_mode & (mode | 0o700) & 0o777)
 
 
 def _snapshot(folder: str) -> Dict[str, Tuple[int, int]]:

@@ -69,15 +69,9 @@ vllm serve {name}{flag} --mm-processor-kwargs '{{"backend": "pil"}}'
 def model_card(
     out: str, base: str, config: Mapping[str, Any], settings: MMFuserConfig, fuser: Fusion, plain: bool
 ) -> str:
-    """README.md of a folder.
+    """README.md of a folder `out`, from a LLaVA with this config.json, trained from the language model `base`.
 
-    Args:
-        out: the folder, whose name is the model's.
-        base: the language model that it was trained from.
-        config: config.json in LLaVA's format.
-        settings: of the fuser, with its layers resolved.
-        fuser: itself, with its weights.
-        plain: whether it has been folded into transformers' own LLaVA.
+    The settings have their layers resolved; `plain`: the fuser is folded into transformers' own LLaVA.
     """
     rows: Dict[str, Any] = settings.to_llava()
     for name in settings.without_effect:

@@ -1,7 +1,6 @@
 """A LLaVA checkpoint with a fuser as a folder in transformers' own format."""
 
 import glob
-import json
 import math
 import os
 import re
@@ -12,17 +11,17 @@ import torch
 
 from ..block.fusion import Fusion
 from ..checkpoints import writing
-from ..checkpoints.convert import check_format, check_out
+from ..checkpoints.convert import check_out
+from ..checkpoints.files import Weight, float_weights, read_json, refuse_nan, weight_of
 from ..checkpoints.folder import LORA, Checkpoint, read_checkpoint
-from ..checkpoints.verdict import EXPORT, judge, misfit
+from ..checkpoints.verdict import EXPORT, check_format, judge, misfit
 from ..checkpoints.writing import Step
 from ..config import FLAG_PREFIX, MMFuserConfig
 from ..names import MARK, Format, without_wrapper
-from ..towers import TOWERS, check_features, tower_config
-from . import stock, tensors, tokenizer
+from ..towers import TOWERS, tower_config
+from . import stock, tokenizer
 from .card import model_card
 from .names import PROJECTOR, TOWER_IN_LLAVA, to_native, to_released
-from .tensors import Tensor
 
 CODE = "modeling_llava_mmfuser"
 PREPROCESSOR = "preprocessor_config.json"
@@ -49,19 +48,12 @@ def export(source: str, out: str, base: Optional[str] = None, plain: Optional[bo
     """Write a LLaVA checkpoint with a fuser in transformers' own format.
 
     Args:
-        source: folder of a full checkpoint, an adapter or a LoRA in this package's format.
-        out: folder to make.
+        source, out: folder of a full checkpoint, an adapter or a LoRA in this package's format, and folder to make.
         base: the language model of an adapter or LoRA: a folder, or a name on the hub.
         plain: write transformers' own LLaVA, which needs no code, where its projector can say the same. None does so
             for the linear fusions whose result it has exactly, and never for a fuser that could still be trained.
 
-    Returns:
-        Notes for the user, one per line.
-
-    Raises:
-        ValueError: as `convert`; a base that is missing or of no use; what transformers' LLaVA has no word for; `plain`
-            for a fusion that is neither linear nor an identity.
-        OSError: reading or writing fails.
+    Returns notes for the user, one per line.
     """
     check_out(source, out)
     checkpoint = read_checkpoint(source)
@@ -75,38 +67,36 @@ def export(source: str, out: str, base: Optional[str] = None, plain: Optional[bo
         raise ValueError(f"mm_vision_tower={tower!r} is a {vision.kind} tower, but only CLIP towers can be exported")
     settings = judge(checkpoint, EXPORT, vision).check().resolve(vision)
     weights = _weights(checkpoint, language, tower)
-    fuser = _fuser(source, settings, config, weights)
+    fuser = _fuser(settings, config, weights)
     weights = {to_native(name): tensor for name, tensor in weights.items()}
     blocks, notes = _stock(plain, settings, config, fuser, weights[PROJECTOR + "linear_1.weight"])
     if blocks is not None:
         weights = {name: tensor for name, tensor in weights.items() if not name.startswith(PROJECTOR + "fuser.")}
-        weights[PROJECTOR + "linear_1.weight"] = tensors.of(torch.cat(list(blocks.values()), dim=1))
+        weights[PROJECTOR + "linear_1.weight"] = weight_of("linear_1", torch.cat(list(blocks.values()), dim=1))
     image, pad, files = tokenizer.read(source if checkpoint.shards else language.folder, config)
     rows = math.ceil((image + 2) / 64) * 64  # LLaVA's tokens, <image> and <pad>
     for name in ("model.language_model.embed_tokens.weight", "lm_head.weight"):
         weights[name] = _with_rows(weights[name], image, rows)
     layers = list(settings.layers if blocks is None else blocks)
+    clip = TOWERS["CLIP"].transformers_class("VisionConfig").from_pretrained(tower)
     native = {
-        **native_config(config, _clip_config(tower), settings, fuser, layers, blocks is not None),
+        **_native_config(config, clip, settings, fuser, layers, blocks is not None),
         "torch_dtype": weights["lm_head.weight"].dtype,
         "image_token_index": image,
         "pad_token_id": pad,
     }
     native["text_config"].update(vocab_size=rows, pad_token_id=pad, torch_dtype=native["torch_dtype"])
-    files += _processor(config, native, tower, fuser)
-    read = {"config.json": checkpoint.config, f"{tower}/{PREPROCESSOR}": _preprocessor(tower)}
+    preprocessor = read_json(os.path.join(tower, PREPROCESSOR))
+    files += _processor(config, native, preprocessor)
+    read = {"config.json": checkpoint.config, f"{tower}/{PREPROCESSOR}": preprocessor}
     notes += writing.code_note([f"auto_map in {n}" for n, c in read.items() if c != writing.without_pointers(c)])
     files += code() if blocks is None else []
     name = base or str(config.get("_name_or_path"))
     files.append(writing.text("README.md", model_card(out, name, config, settings, fuser, blocks is not None)))
-    files += tensors.steps(weights if blocks is None else {to_released(name): t for name, t in weights.items()})
-    files.append(json_file("config.json", native))
+    files += writing.shards(weights if blocks is None else {to_released(name): t for name, t in weights.items()})
+    files.append(writing.as_json("config.json", native))
     writing.write_folder(source, out, files, "export")
     return notes + [f"{out} is complete: {len(files)} files"]
-
-
-def _clip_config(tower: str) -> Any:
-    return TOWERS["CLIP"].transformers_class("VisionConfig").from_pretrained(tower)
 
 
 def _check_expressible(config: Mapping[str, Any]) -> None:
@@ -114,17 +104,11 @@ def _check_expressible(config: Mapping[str, Any]) -> None:
     kind = config.get("model_type")
     if kind not in ("llava_llama", "llava"):
         raise ValueError(f"model_type={kind!r} in config.json is not supported; only LLaVA on LLaMA or Vicuna is")
-    check_features(config)
-    for name, allowed in (
-        ("mm_use_im_start_end", (False,)),
-        ("mm_patch_merge_type", ("flat",)),
-        ("image_aspect_ratio", ("pad", "square", None)),
-    ):
+    known: Dict[str, List[Any]] = {"mm_use_im_start_end": [False], "mm_patch_merge_type": ["flat"]}
+    for name, allowed in {**known, "image_aspect_ratio": ["pad", "square", None]}.items():
         if config.get(name, allowed[0]) not in allowed:
-            raise ValueError(
-                f"{name}={config[name]!r} in config.json cannot be said to transformers' LLaVA; "
-                f"allowed is {' or '.join(map(repr, allowed))}"
-            )
+            what = f"{name}={config[name]!r} in config.json cannot be said to transformers' LLaVA"
+            raise ValueError(f"{what}; allowed is {' or '.join(map(repr, allowed))}")
 
 
 def _language_model(checkpoint: Checkpoint, base: Optional[str]) -> Checkpoint:
@@ -134,26 +118,19 @@ def _language_model(checkpoint: Checkpoint, base: Optional[str]) -> Checkpoint:
             raise ValueError(f"{checkpoint.folder} is a full checkpoint, which needs no base; drop --base {base}")
         return checkpoint
     if base is None:
-        raise ValueError(
-            f"{checkpoint.folder} has no language model; name the one that it was trained with, a folder or a name on "
-            f"the hub, by --base"
-        )
+        advice = "name the one that it was trained with, a folder or a name on the hub, by --base"
+        raise ValueError(f"{checkpoint.folder} has no language model; {advice}")
     found = read_checkpoint(local_folder(base, "--base"))
     for name in ("hidden_size", "num_hidden_layers"):
-        if found.config.get(name) != checkpoint.config.get(name):
-            raise ValueError(
-                f"--base {base} has {name}={found.config.get(name)!r}, but {checkpoint.folder} was trained with a "
-                f"language model of {checkpoint.config.get(name)!r}; name that one"
-            )
+        there, wanted = found.config.get(name), checkpoint.config.get(name)
+        if there != wanted:
+            what = f"--base {base} has {name}={there!r}, but {checkpoint.folder} was trained with a language model of"
+            raise ValueError(f"{what} {wanted!r}; name that one")
     return found
 
 
 def local_folder(name: str, setting: str) -> str:
-    """A folder, or the local copy of a model on the hub, which is downloaded if need be.
-
-    Raises:
-        ValueError: it is neither.
-    """
+    """A folder, or the local copy of a model on the hub, which is downloaded if need be."""
     if os.path.isdir(name):
         return name
     from huggingface_hub import snapshot_download
@@ -165,12 +142,12 @@ def local_folder(name: str, setting: str) -> str:
         raise ValueError(f"{setting}={name!r} is no folder on this machine, nor on the hub: {reason}") from error
 
 
-def _weights(checkpoint: Checkpoint, language: Checkpoint, tower: str) -> Dict[str, Tensor]:
+def _weights(checkpoint: Checkpoint, language: Checkpoint, tower: str) -> Dict[str, Weight]:
     """All weights that LLaVA would load, under its names: those of the language model, changed by a LoRA, then what was
     trained beside it, and the tower's."""
-    weights = tensors.of_files(language.folder, language.shards)
+    weights = float_weights(language.folder, language.shards)
     lora = [file for file in LORA if file in checkpoint.others][:1] if not checkpoint.shards else []
-    trained = tensors.of_files(checkpoint.folder, lora + ([] if checkpoint.shards else checkpoint.adapters))
+    trained = float_weights(checkpoint.folder, lora + ([] if checkpoint.shards else checkpoint.adapters))
     trained = {re.sub(r"^(base_model\.)?(model\.(?=model\.|lm_head\.))?", "", n): t for n, t in trained.items()}
     without_wrapper(trained, "model." + MARK)
     if lora:
@@ -185,7 +162,7 @@ def _weights(checkpoint: Checkpoint, language: Checkpoint, tower: str) -> Dict[s
     if not checkpoint.config.get("unfreeze_mm_vision_tower"):
         weights = {name: tensor for name, tensor in weights.items() if not name.startswith(TOWER_IN_LLAVA)}
     if not any(name.startswith(TOWER_IN_LLAVA) for name in weights):
-        found = tensors.of_files(tower, read_checkpoint(tower).shards)
+        found = float_weights(tower, read_checkpoint(tower).shards)
         found = {TOWER_IN_LLAVA + name: tensor for name, tensor in found.items() if name.startswith("vision_model.")}
         if not found:
             raise ValueError(f"mm_vision_tower={tower!r} has no weights of a CLIP vision tower")
@@ -196,17 +173,14 @@ def _weights(checkpoint: Checkpoint, language: Checkpoint, tower: str) -> Dict[s
     return weights
 
 
-def _merged(checkpoint: Checkpoint, weights: Mapping[str, Tensor], trained: Mapping[str, Tensor]) -> Dict[str, Tensor]:
+def _merged(checkpoint: Checkpoint, weights: Mapping[str, Weight], trained: Mapping[str, Weight]) -> Dict[str, Weight]:
     """The weights that a LoRA changes, merged one at a time when they are written."""
-    with open(checkpoint.path("adapter_config.json"), encoding="utf-8") as stream:
-        config = json.load(stream)
+    config = read_json(checkpoint.path("adapter_config.json"))
     unknown = [name for name in ("use_dora", "rank_pattern", "alpha_pattern", "fan_in_fan_out") if config.get(name)]
     if unknown:
-        raise ValueError(
-            f"{checkpoint.folder}/adapter_config.json has {unknown[0]}={config[unknown[0]]!r}, which only PEFT can "
-            f"merge; in LLaVA's checkout run: python scripts/merge_lora_weights.py --model-path {checkpoint.folder} "
-            f"--model-base BASE --save-model-path MERGED, and export MERGED"
-        )
+        what = f"{checkpoint.folder}/adapter_config.json has {unknown[0]}={config[unknown[0]]!r}, which only PEFT can"
+        run = f"python scripts/merge_lora_weights.py --model-path {checkpoint.folder} --model-base BASE"
+        raise ValueError(f"{what} merge; in LLaVA's checkout run: {run} --save-model-path MERGED, and export MERGED")
     scale = config["lora_alpha"] / (math.sqrt(config["r"]) if config.get("use_rslora") else config["r"])
     merged = {}
     for name, down in trained.items():
@@ -219,23 +193,19 @@ def _merged(checkpoint: Checkpoint, weights: Mapping[str, Tensor], trained: Mapp
     return merged
 
 
-def _merge(weight: Tensor, down: Tensor, up: Tensor, scale: float) -> torch.Tensor:
+def _merge(weight: Weight, down: Weight, up: Weight, scale: float) -> torch.Tensor:
     """As PEFT merges on a CPU, rounding included."""
     before = weight.read()
     return before + (up.read().float() @ down.read().float() * scale).to(before.dtype)
 
 
-def _fuser(where: str, settings: MMFuserConfig, config: Mapping[str, Any], weights: Mapping[str, Tensor]) -> Fusion:
-    """The fuser with the checkpoint's weights.
-
-    Raises:
-        ValueError: there are none, or they do not fit, or the projector's are not finite.
-    """
-    projector = {name.split(MARK)[1]: tensor for name, tensor in weights.items() if MARK in name}
-    problem = misfit(config, tensors.headers(projector))
+def _fuser(settings: MMFuserConfig, config: Mapping[str, Any], weights: Mapping[str, Weight]) -> Fusion:
+    """The fuser with the checkpoint's weights; refuses those of a projector that do not fit or are not finite."""
+    projector = {name.split(MARK)[1]: weight for name, weight in weights.items() if MARK in name}
+    problem = misfit(config, projector)
     if problem:
         raise ValueError(problem)
-    tensors.refuse_not_finite(where, projector)
+    refuse_nan(projector.values())
     fuser = settings.build(config["mm_hidden_size"], config["hidden_size"])
     state = {name[len("fuser.") :]: t.read() for name, t in projector.items() if name.startswith("fuser.")}
     if len(state) < len(list(fuser.parameters())):
@@ -245,33 +215,32 @@ def _fuser(where: str, settings: MMFuserConfig, config: Mapping[str, Any], weigh
 
 
 def _stock(
-    plain: Optional[bool], settings: MMFuserConfig, config: Mapping[str, Any], fuser: Fusion, weight: Tensor
+    plain: Optional[bool], settings: MMFuserConfig, config: Mapping[str, Any], fuser: Fusion, weight: Weight
 ) -> Tuple[Optional[Dict[int, torch.Tensor]], List[str]]:
     """`stock.first_layer` in the weight's dtype if the folder is to be transformers' own LLaVA, else None; notes."""
-    exact = None
-    if settings.projector == "mlp2x_gelu":
-        with_cls = config.get("mm_vision_select_feature", "patch") != "patch"  # the query's passes unfused
-        if not with_cls or fuser.is_identity():
-            exact = stock.first_layer(settings.fusion, fuser, settings.layers, weight.read())
-    if exact is None:
-        if plain:
-            raise ValueError(
-                f"{settings.summary()}, {settings.projector}: transformers' own LLaVA can say only linear fusions of "
-                f"patches, and fusers with shut gates, in front of mlp2x_gelu; drop --stock"
-            )
+    exact, fusion = None, settings.fusion
+    without_cls = config.get("mm_vision_select_feature", "patch") == "patch"  # the query's CLS passes unfused
+    if settings.projector == "mlp2x_gelu" and (without_cls or fuser.is_identity()):
+        exact = stock.first_layer(fusion, fuser, settings.layers, weight.read())
+    if exact is None and plain:
+        can = "only linear fusions of patches, and fusers with shut gates, in front of mlp2x_gelu"
+        raise ValueError(
+            f"{settings.summary()}, {settings.projector}: transformers' own LLaVA can say {can}; drop --stock"
+        )
+    if exact is None or plain is False:
         return None, []
     blocks = {layer: block.to(getattr(torch, weight.dtype)) for layer, block in exact.items()}
     same = all(torch.equal(blocks[layer].double(), block) for layer, block in exact.items())
-    if plain is None:
-        if settings.fusion == "mmfuser":
-            return None, ["the gates are shut; --stock writes plain LLaVA, without code or a fuser to train"]
-        if not same:
-            return None, [f"{settings.fusion} is linear; --stock folds it into plain LLaVA, rounded to {weight.dtype}"]
-        return blocks, [f"{settings.fusion} is linear, so the result is plain LLaVA, which needs no code"]
-    return (blocks, [] if same else [f"folding rounds to {weight.dtype}"]) if plain else (None, [])
+    if plain:
+        return blocks, [] if same else [f"folding rounds to {weight.dtype}"]
+    if fusion == "mmfuser":
+        return None, ["the gates are shut; --stock writes plain LLaVA, without code or a fuser to train"]
+    if not same:
+        return None, [f"{fusion} is linear; --stock folds it into plain LLaVA, rounded to {weight.dtype}"]
+    return blocks, [f"{fusion} is linear, so the result is plain LLaVA, which needs no code"]
 
 
-def _with_rows(weight: Tensor, own: int, rows: int) -> Tensor:
+def _with_rows(weight: Weight, own: int, rows: int) -> Weight:
     """The first `own` rows and others that are their mean: as a logit it is never the largest."""
 
     def read() -> torch.Tensor:
@@ -279,16 +248,11 @@ def _with_rows(weight: Tensor, own: int, rows: int) -> Tensor:
         mean = old.float().mean(0, keepdim=True).to(old.dtype)
         return torch.cat([old, mean.expand(rows - len(old), -1)])
 
-    return Tensor(weight.dtype, (rows, *weight.shape[1:]), read)
+    return weight._replace(shape=(rows, *weight.shape[1:]), read=read)
 
 
-def native_config(
-    config: Mapping[str, Any],
-    vision: Any,
-    settings: MMFuserConfig,
-    fuser: Fusion,
-    layers: Sequence[int],
-    plain: bool,
+def _native_config(
+    config: Mapping[str, Any], vision: Any, settings: MMFuserConfig, fuser: Fusion, layers: Sequence[int], plain: bool
 ) -> Dict[str, Any]:
     """The config.json of transformers' format, but for what the tokenizer adds to it."""
     strategy = {"patch": "default", "cls_patch": "full"}[config.get("mm_vision_select_feature", "patch")]
@@ -326,14 +290,9 @@ def code() -> List[Step]:
     return steps + [writing.text(CODE + ".py", model)]
 
 
-def _preprocessor(tower: str) -> Dict[str, Any]:
-    with open(os.path.join(tower, PREPROCESSOR), encoding="utf-8") as stream:
-        return json.load(stream)
-
-
-def _processor(config: Mapping[str, Any], native: Mapping[str, Any], tower: str, fuser: Fusion) -> List[Step]:
+def _processor(config: Mapping[str, Any], native: Mapping[str, Any], preprocessor: Any) -> List[Step]:
     """How pictures and prompts become what LLaVA makes of them."""
-    image = writing.without_pointers(_preprocessor(tower))
+    image = writing.without_pointers(preprocessor)
     image.pop("feature_extractor_type", None)
     for name, sides in (("size", ("shortest_edge",)), ("crop_size", ("height", "width"))):
         if isinstance(image.get(name), int):  # as OpenAI's own folder has it
@@ -341,24 +300,19 @@ def _processor(config: Mapping[str, Any], native: Mapping[str, Any], tower: str,
     pad = config.get("image_aspect_ratio") == "pad"
     image.update({"image_processor_type": "LlavaImageProcessor", "do_pad": True} if pad else {})
     image.update({"processor_class": "LlavaProcessor"} if pad else {"image_processor_type": "CLIPImageProcessor"})
-    patch_size = native["vision_config"]["patch_size"]
-    patches = (native["vision_config"]["image_size"] // patch_size) ** 2
+    vision, strategy = native["vision_config"], native["vision_feature_select_strategy"]
+    patches = (vision["image_size"] // vision["patch_size"]) ** 2
     processor = {
         "processor_class": "LlavaProcessor",
         "image_token": "<image>",
-        "patch_size": patch_size,
-        "num_additional_image_tokens": 1 + fuser.num_tokens(patches) - patches,  # CLS, and what a fusion adds
-        "vision_feature_select_strategy": native["vision_feature_select_strategy"],
+        "patch_size": vision["patch_size"],
+        "num_additional_image_tokens": native["image_seq_length"] - patches + (strategy == "default"),  # CLS counts
+        "vision_feature_select_strategy": strategy,
     }
     tokens = {name: native["text_config"].get(name) for name in ("bos_token_id", "eos_token_id")}
     return [
-        json_file(PREPROCESSOR, image),
-        json_file("processor_config.json", processor),
-        json_file("generation_config.json", {**tokens, "pad_token_id": native["pad_token_id"]}),
+        writing.as_json(PREPROCESSOR, image),
+        writing.as_json("processor_config.json", processor),
+        writing.as_json("generation_config.json", {**tokens, "pad_token_id": native["pad_token_id"]}),
         writing.text("chat_template.jinja", tokenizer.CHAT_TEMPLATE),
     ]
-
-
-def json_file(name: str, content: Mapping[str, Any]) -> Step:
-    """A new JSON file."""
-    return writing.text(name, json.dumps(content, indent=2) + "\n")

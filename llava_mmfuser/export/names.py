@@ -42,9 +42,7 @@ def from_released(name: str) -> str:
 def to_llava(name: str, linear: bool = False) -> Optional[str]:
     """The inverse of `to_native`, which also takes the spellings that older and newer versions save; None for others.
 
-    Args:
-        name: a weight of a folder in transformers' format.
-        linear: the projector behind the fuser is a single Linear, whose weights have no number in LLaVA.
+    The Linear of a `linear` projector, behind the fuser, has no number in LLaVA.
     """
     if name == "lm_head.weight":
         return name

@@ -1,7 +1,6 @@
 """What starts from a folder in transformers' own format: putting a fuser into it, and the way back to LLaVA's."""
 
 import dataclasses
-import json
 import os
 from typing import Any, Dict, List, Mapping, Optional, Tuple
 
@@ -9,40 +8,31 @@ import torch
 
 from ..block.kinds import MAX_LAYERS, MAX_WIDTH, check_count
 from ..checkpoints import writing
-from ..checkpoints.convert import check_format, check_out, finish, may_link, upgrade_settings, with_new_shard
-from ..checkpoints.files import DTYPES
+from ..checkpoints.convert import check_out, finish, fuser_weights, upgrade_settings, with_new_shard
+from ..checkpoints.files import Weight, float_weights, read_json, refuse_nan
 from ..checkpoints.folder import FULL, Checkpoint, name_from_path, name_problem, read_checkpoint
 from ..checkpoints.report import NAME_NOTE
-from ..checkpoints.verdict import misfit
+from ..checkpoints.verdict import check_format, misfit
 from ..config import FLAG_PREFIX, PROJECTOR_TYPE, MMFuserConfig
 from ..names import MARK, Format
 from ..towers import TowerConfig, kind_of
-from . import tensors, tokenizer
-from .folder import LLAMA, VISION_TOWER, code, fuser_config, json_file, local_folder
+from . import tokenizer
+from .folder import LLAMA, PREPROCESSOR, VISION_TOWER, code, fuser_config, local_folder
 from .names import PROJECTOR, TOWER_IN_LLAVA, from_released, to_llava
-from .tensors import Tensor
 
 _FEATURES = {"default": "patch", "full": "cls_patch"}
 
 
-def upgrade(source: str, out: str, link: bool = False, settings: Optional[Mapping[str, Any]] = None) -> List[str]:
+def upgrade(source: str, out: str, link: bool = False, settings: Mapping[str, Any] = {}) -> List[str]:
     """Put a fresh fuser in front of the projector of a LLaVA in transformers' own format, such as ``llava-hf``'s.
 
     The result is in the same format, with the fuser's code in it, and answers bit for bit as the input.
 
-    Args:
-        source, out, link, settings: as of `convert.upgrade`.
-
-    Returns:
-        Notes for the user, one per line.
-
-    Raises:
-        ValueError: as `convert.upgrade`; a folder that fuses several layers already; another tower than CLIP.
-        OSError: reading or writing fails.
+    For the arguments and the notes that it returns see `convert.upgrade`.
     """
-    check_out(source, out)
+    link, notes = check_out(source, out, link)
     checkpoint, config = _read(source, "upgrade")
-    first = _first_layer(checkpoint)
+    first, projector = _projector(checkpoint)
     layer = config["vision_feature_layer"]
     if not isinstance(layer, int):
         raise ValueError(f"vision_feature_layer={layer!r} in {source}/config.json: it fuses several layers already")
@@ -51,12 +41,11 @@ def upgrade(source: str, out: str, link: bool = False, settings: Optional[Mappin
         raise ValueError(f"vision_config has model_type={vision.get('model_type')!r}; only CLIP towers are supported")
     tower = TowerConfig("CLIP", first.shape[1], vision["num_hidden_layers"], num_deleted=0)
     check_count(tower.hidden_size, MAX_WIDTH, "hidden_size of the vision tower")
-    tensors.refuse_not_finite(source, _projector(checkpoint))
+    refuse_nan(projector.values())
     known = {"mm_projector_type": "mlp2x_gelu", "mm_vision_select_layer": layer}
-    resolved, _ = upgrade_settings(known, dict(settings or {}), "vision_config", tower)
+    resolved, _ = upgrade_settings(known, dict(settings), "vision_config", tower)
     fresh = resolved.build(tower.hidden_size, first.shape[0]).state_dict()
-    fuser = {PROJECTOR + "fuser." + name: value.to(getattr(torch, first.dtype)) for name, value in fresh.items()}
-    link, notes = may_link(link, source, out)
+    fuser = fuser_weights(fresh, PROJECTOR + "fuser.", first.dtype)
     steps = with_new_shard(checkpoint, fuser, link, from_released) + code()
     own = {"vision_feature_layer": list(resolved.layers), **fuser_config(resolved)}
     return notes + finish("upgrade", checkpoint, out, steps, checkpoint.config, link, own)
@@ -69,18 +58,12 @@ def export_to_llava(source: str, out: str, base: Optional[str] = None, vision_to
     trained is left to ``mm_vision_tower``, as in LLaVA's own checkpoints.
 
     Args:
-        source: folder to read.
-        out: folder to make.
+        source, out: folder to read, and folder to make.
         base: where to take tokenizer.model from, if `source` has none.
         vision_tower: the tower that the model was trained with, folder or name on the hub; None takes what `export`
             wrote down.
 
-    Returns:
-        Notes for the user, one per line.
-
-    Raises:
-        ValueError: no such folder, another language model than LLaMA, a tower or tokenizer that is not there.
-        OSError: reading or writing fails.
+    Returns notes for the user, one per line.
     """
     check_out(source, out)
     checkpoint, config = _read(source, "export")
@@ -89,10 +72,8 @@ def export_to_llava(source: str, out: str, base: Optional[str] = None, vision_to
         raise ValueError(f"text_config has model_type={kind!r}; LLaVA's format is written for LLaMA only")
     name = vision_tower or config.get(VISION_TOWER)
     if not isinstance(name, str):
-        raise ValueError(
-            f"{source}/config.json does not say which vision tower it has; name the one that it was trained with, "
-            f"such as openai/clip-vit-large-patch14-336, by --vision-tower"
-        )
+        advice = "name the one that it was trained with, such as openai/clip-vit-large-patch14-336, by --vision-tower"
+        raise ValueError(f"{source}/config.json does not say which vision tower it has; {advice}")
     words = source if "tokenizer.model" in checkpoint.others or base is None else local_folder(base, "--base")
     if not os.path.isfile(os.path.join(words, "tokenizer.model")):
         raise ValueError(f"{words} has no tokenizer.model; name a folder that has LLaVA's or Vicuna's by --base")
@@ -112,17 +93,13 @@ def export_to_llava(source: str, out: str, base: Optional[str] = None, vision_to
         "tokenizer_model_max_length": _json(checkpoint, "tokenizer_config.json").get("model_max_length"),
     }
     projector = {name.split(MARK)[1]: tensor for name, tensor in weights.items() if MARK in name}
-    problem = misfit(llava, tensors.headers(projector))
+    problem = misfit(llava, projector)
     if problem:
         raise ValueError(f"{source}: {problem}")
-    tensors.refuse_not_finite(source, projector)
+    refuse_nan(projector.values())
     start = {name: llava[name] for name in ("bos_token_id", "eos_token_id")}
-    steps = [
-        *tensors.steps(weights),
-        *files,
-        json_file("generation_config.json", start),
-        json_file("config.json", llava),
-    ]
+    steps = [*writing.shards(weights), *files, writing.as_json("generation_config.json", start)]
+    steps.append(writing.as_json("config.json", llava))
     writing.write_folder(source, out, steps, "export")
     problem = name_problem(name_from_path(out), FULL, llava)
     return [*notes, f"{out} is complete: {len(steps)} files", *([f"{NAME_NOTE}, and {problem}"] if problem else [])]
@@ -139,27 +116,24 @@ def _read(source: str, command: str) -> Tuple[Checkpoint, Dict[str, Any]]:
         "image_token_index": checkpoint.config.get("image_token_id", 32000),
         **checkpoint.config,
     }
+    layers, image = config["vision_feature_layer"], config["image_token_index"]
+    strategy = config["vision_feature_select_strategy"]
+    listed = layers if isinstance(layers, list) else [layers]
     for name, is_good, allowed in (
-        ("text_config", lambda value: isinstance(value, dict), "an object"),
-        ("vision_config", lambda value: isinstance(value, dict), "an object"),
-        ("image_token_index", lambda value: type(value) is int and 0 <= value < 1 << 24, "a token's id"),
-        ("vision_feature_select_strategy", lambda value: value in list(_FEATURES), " or ".join(_FEATURES)),
-        (
-            "vision_feature_layer",
-            lambda value: (
-                value != [] and {type(layer) for layer in (value if isinstance(value, list) else [value])} == {int}
-            ),
-            "a whole number or a list of some",
-        ),
+        ("text_config", isinstance(config["text_config"], dict), "an object"),
+        ("vision_config", isinstance(config["vision_config"], dict), "an object"),
+        ("image_token_index", type(image) is int and 0 <= image < 1 << 24, "a token's id"),
+        ("vision_feature_select_strategy", strategy in list(_FEATURES), " or ".join(_FEATURES)),
+        ("vision_feature_layer", {type(layer) for layer in listed} == {int}, "a whole number or a list of some"),
     ):
-        if not is_good(config[name]):
+        if not is_good:
             raise ValueError(f"{name}={config[name]!r} in {source}/config.json is not allowed; use {allowed}")
     config["vision_config"] = {"num_hidden_layers": 24, **config["vision_config"]}
     check_count(config["vision_config"]["num_hidden_layers"], MAX_LAYERS, "num_hidden_layers of vision_config")
     return checkpoint, config
 
 
-def _with_rows(source: str, name: str, weight: Optional[Tensor], rows: List[int]) -> Tensor:
+def _with_rows(source: str, name: str, weight: Optional[Weight], rows: List[int]) -> Weight:
     """The rows of an embedding that LLaVA has a token for."""
     if weight is None or len(weight.shape) != 2:
         raise ValueError(f"{source} has no {name}, so it is no whole model")
@@ -170,7 +144,7 @@ def _with_rows(source: str, name: str, weight: Optional[Tensor], rows: List[int]
 
 
 def _llava_config(
-    config: Mapping[str, Any], weights: Mapping[str, Tensor], settings: Optional[MMFuserConfig]
+    config: Mapping[str, Any], weights: Mapping[str, Weight], settings: Optional[MMFuserConfig]
 ) -> Dict[str, Any]:
     """What a config.json in LLaVA's format says about the model and its projector."""
     layers, head = config["vision_feature_layer"], weights["lm_head.weight"]
@@ -194,33 +168,25 @@ def _llava_config(
     }
 
 
-def _projector(checkpoint: Checkpoint) -> Dict[str, Tensor]:
-    """The projector's weights, under their full names."""
-    weights = tensors.of_files(checkpoint.folder, checkpoint.shards)
-    found = {name: tensor for name, tensor in weights.items() if "multi_modal_projector." in name}
-    for name, tensor in found.items():
-        if tensor.dtype not in DTYPES.values():
-            raise ValueError(f"{checkpoint.folder}: {name} is {tensor.dtype}; only floating point is allowed")
-    return found
-
-
-def _first_layer(checkpoint: Checkpoint) -> Tensor:
-    """The weight of the projector's first layer."""
-    for name, tensor in _projector(checkpoint).items():
-        if name.endswith("multi_modal_projector.linear_1.weight") and len(tensor.shape) == 2:
-            return tensor
+def _projector(checkpoint: Checkpoint) -> Tuple[Weight, Dict[str, Weight]]:
+    """The weight of the projector's first layer, and all of the projector's, under their full names."""
+    weights = float_weights(checkpoint.folder, checkpoint.shards)
+    weights = {name: weight for name, weight in weights.items() if "multi_modal_projector." in name}
+    for name, weight in weights.items():
+        if name.endswith("multi_modal_projector.linear_1.weight") and len(weight.shape) == 2:
+            return weight, weights
     raise ValueError(f"{checkpoint.folder} has no weights of a projector (multi_modal_projector.linear_1)")
 
 
 def _llava_weights(
     checkpoint: Checkpoint, config: Mapping[str, Any]
-) -> Tuple[Dict[str, Tensor], Optional[MMFuserConfig]]:
+) -> Tuple[Dict[str, Weight], Optional[MMFuserConfig]]:
     """All weights under LLaVA's names, and the settings of the fuser, if there is one."""
-    _first_layer(checkpoint)  # refuses a folder without a projector
+    _projector(checkpoint)  # refuses a folder without one
     layers = config["vision_feature_layer"]
     linear = config.get(FLAG_PREFIX + "projector") == "linear"
     weights = {}
-    for name, tensor in tensors.of_files(checkpoint.folder, checkpoint.shards).items():
+    for name, tensor in float_weights(checkpoint.folder, checkpoint.shards).items():
         there = to_llava(name, linear)
         if there is None:
             raise ValueError(f"{checkpoint.folder}: {name} is no weight of a LLaVA")
@@ -240,9 +206,9 @@ def _llava_weights(
     return weights, dataclasses.replace(settings, layers=settings.layers.resolve(blocks))
 
 
-def _same(tower: Mapping[str, Tensor], folder: str) -> bool:
+def _same(tower: Mapping[str, Weight], folder: str) -> bool:
     """Whether these weights are those of the tower in a folder, in their own dtype."""
-    there = tensors.of_files(folder, read_checkpoint(folder).shards)
+    there = float_weights(folder, read_checkpoint(folder).shards)
     for name, tensor in tower.items():
         other = there.get(name[len(TOWER_IN_LLAVA) :])
         if other is None or other.shape != tensor.shape:
@@ -263,9 +229,7 @@ def _text_config(config: Mapping[str, Any]) -> Dict[str, Any]:
     if isinstance(rope, dict):
         kind = rope.get("rope_type", "default")
         if kind not in ("default", "linear", "dynamic"):
-            raise ValueError(
-                f"text_config has rope_type={kind!r}; LLaVA's LLaMA knows default, linear and dynamic only"
-            )
+            raise ValueError(f"text_config has rope_type={kind!r}; LLaVA's LLaMA knows default, linear, dynamic only")
         found["rope_theta"] = rope.get("rope_theta")
         found["rope_scaling"] = None if kind == "default" else {"type": kind, "factor": rope.get("factor")}
     found["rope_theta"] = found["rope_theta"] or 10000.0
@@ -274,12 +238,9 @@ def _text_config(config: Mapping[str, Any]) -> Dict[str, Any]:
 
 def _pads(checkpoint: Checkpoint) -> bool:
     """Whether pictures are padded to a square; the setting's place differs between versions."""
-    image = _json(checkpoint, "preprocessor_config.json") or _json(checkpoint, "processor_config.json")
+    image = _json(checkpoint, PREPROCESSOR) or _json(checkpoint, "processor_config.json")
     return bool({**image, **image.get("image_processor", {})}.get("do_pad"))
 
 
 def _json(checkpoint: Checkpoint, name: str) -> Dict[str, Any]:
-    if name not in checkpoint.others:
-        return {}
-    with open(checkpoint.path(name), encoding="utf-8") as stream:
-        return json.load(stream)
+    return read_json(checkpoint.path(name)) if name in checkpoint.others else {}

@@ -14,17 +14,10 @@ LINEAR = ("mean", "sum", "weighted_sum", "channel_concat", "dense_channel")  # f
 def first_layer(
     fusion: str, fuser: Fusion, layers: Sequence[int], weight: torch.Tensor
 ) -> Optional[Dict[int, torch.Tensor]]:
-    """The part of a stock projector's first weight for each layer, so that it does what fusion and weight do.
+    """The part of a stock projector's first weight [D, C] for each layer, so that it does what fusion and weight do.
 
-    Args:
-        fusion: its name.
-        fuser: itself, with its weights.
-        layers: hidden_states indices, in the fuser's order.
-        weight: of the projector's first layer [D, C].
-
-    Returns:
-        Layer to [D, C] in float64, in the order of `layers`, without those that have no part in the result; None for
-        a fusion that is neither linear nor an identity.
+    `layers` are hidden_states indices, in the fuser's order. Returns layer to [D, C] in float64, in that order, without
+    those that have no part in the result; None for a fusion that is neither linear nor an identity.
     """
     weight = weight.double()
     if fusion not in LINEAR:

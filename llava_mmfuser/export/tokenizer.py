@@ -7,6 +7,7 @@ import re
 from typing import Any, Dict, Iterable, List, Mapping, NamedTuple, Optional, Sequence, Tuple
 
 from ..checkpoints import writing
+from ..checkpoints.files import read_json
 from ..checkpoints.writing import Step
 
 IMAGE, PAD = "<image>", "<pad>"
@@ -89,12 +90,8 @@ def _any(tokens: Iterable[str]) -> str:
 def read(folder: str, config: Mapping[str, Any]) -> Tuple[int, int, List[Step]]:
     """The tokenizer of a LLaVA checkpoint or of a LLaMA, with ``<image>`` and ``<pad>`` added.
 
-    Returns:
-        The id of ``<image>``, which is how many tokens there were; the id of ``<pad>``; and the files to write.
-
-    Raises:
-        ValueError: the folder has no sentencepiece model; the new tokenizer would give other ids than LLaVA's.
-        ImportError: protobuf or sentencepiece is not installed.
+    Returns the id of ``<image>``, which is how many tokens there were; the id of ``<pad>``; and the files to write.
+    Refuses a folder whose new tokenizer would give other ids than LLaVA's.
     """
     old = _load(folder)
     known = {token["content"]: index for index, token in old.added.items()}
@@ -121,23 +118,18 @@ def read(folder: str, config: Mapping[str, Any]) -> Tuple[int, int, List[Step]]:
         "clean_up_tokenization_spaces": False,
     }
     files = [
-        writing.text("tokenizer.json", json.dumps(content, indent=2, ensure_ascii=False) + "\n"),
-        writing.text("tokenizer_config.json", json.dumps(settings, indent=2) + "\n"),
+        writing.as_json("tokenizer.json", content),
+        writing.as_json("tokenizer_config.json", settings),
         writing.unchanged(os.path.join(folder, "tokenizer.model"), "tokenizer.model", link=False),
     ]
     return image, pad, files
 
 
 def back(folder: str, words: str, image: int) -> Tuple[List[int], List[Step], List[str]]:
-    """The tokenizer of a folder in transformers' format as LLaVA's, which has neither ``<image>`` nor its ``<pad>``.
+    """The tokenizer of a folder in transformers' format as LLaVA's, which has neither ``<image>`` (id `image`) nor its
+    ``<pad>``, on top of the ``tokenizer.model`` in the folder `words`.
 
-    Args:
-        folder: in transformers' format.
-        words: the folder whose ``tokenizer.model`` to take.
-        image: the id of ``<image>``.
-
-    Returns:
-        The rows of the embedding that LLaVA has, in the order of its ids; the files to write; notes.
+    Returns the rows of the embedding that LLaVA has, in the order of its ids; the files to write; notes.
     """
     content, settings = _json(folder, "tokenizer.json"), _json(folder, "tokenizer_config.json")
     added = {token["id"]: token for token in content.get("added_tokens", [])}
@@ -165,7 +157,7 @@ def back(folder: str, words: str, image: int) -> Tuple[List[int], List[Step], Li
     }
     files = [
         writing.unchanged(os.path.join(words, "tokenizer.model"), "tokenizer.model", link=False),
-        writing.text("tokenizer_config.json", json.dumps(config, indent=2) + "\n"),
+        writing.as_json("tokenizer_config.json", config),
     ]
     problem = problems.get(legacy)
     notes = [f"LLaVA's tokenizer makes other ids than this folder's: {problem}"] if problem else []
@@ -216,10 +208,7 @@ def _sentencepiece(folder: str, legacy: bool = True) -> Tuple[Any, Any]:
 
 def _json(folder: str, name: str) -> Dict[str, Any]:
     path = os.path.join(folder, name)
-    if not os.path.isfile(path):
-        return {}
-    with open(path, encoding="utf-8") as stream:
-        return json.load(stream)
+    return read_json(path) if os.path.isfile(path) else {}
 
 
 def _content(old: LlavaTokenizer, added: List[Dict[str, Any]]) -> Dict[str, Any]:
@@ -243,32 +232,26 @@ def _content(old: LlavaTokenizer, added: List[Dict[str, Any]]) -> Dict[str, Any]
     else:
         model = {"type": "Unigram", "unk_id": 0, "vocab": [[piece.piece, piece.score] for piece in pieces]}
         model["byte_fallback"] = old.proto.trainer_spec.byte_fallback
+    own, alone = [piece.piece for piece in pieces if piece.type == piece.USER_DEFINED], None
+    if own:  # which sentencepiece keeps apart from what stands beside them
+        alone = {"type": "Split", "pattern": {"Regex": _any(own)}, "behavior": "Isolated", "invert": False}
     bos = old.named["bos_token"]
     single: List[Any] = [{"SpecialToken": {"id": bos, "type_id": 0}}] * len(old.ends[0])
     single.append({"Sequence": {"id": "A", "type_id": 0}})
-    template: Dict[str, Any] = {
-        "type": "TemplateProcessing",
-        "single": single,
-        "pair": [*single, {"Sequence": {"id": "B", "type_id": 1}}],
-    }
+    template: Dict[str, Any] = {"type": "TemplateProcessing", "single": single}
+    template["pair"] = [*single, {"Sequence": {"id": "B", "type_id": 1}}]
     template["special_tokens"] = {bos: {"id": bos, "ids": old.ends[0], "tokens": [bos]}} if old.ends[0] else {}
+    steps = [_replace({"String": _MARK}, " "), {"type": "ByteFallback"}, {"type": "Fuse"}]
+    steps.append({"type": "Strip", "content": " ", "start": 1, "stop": 0})
     return {
         "version": "1.0",
         "truncation": None,
         "padding": None,
         "added_tokens": added,
         "normalizer": _normalizer(old),
-        "pre_tokenizer": _user_defined(old),
+        "pre_tokenizer": alone,
         "post_processor": template,
-        "decoder": {
-            "type": "Sequence",
-            "decoders": [
-                _replace({"String": _MARK}, " "),
-                {"type": "ByteFallback"},
-                {"type": "Fuse"},
-                {"type": "Strip", "content": " ", "start": 1, "stop": 0},
-            ],
-        },
+        "decoder": {"type": "Sequence", "decoders": steps},
         "model": model,
     }
 
@@ -294,14 +277,6 @@ def _normalizer(old: LlavaTokenizer) -> Dict[str, Any]:
 
 def _replace(pattern: Dict[str, str], content: str) -> Dict[str, Any]:
     return {"type": "Replace", "pattern": pattern, "content": content}
-
-
-def _user_defined(old: LlavaTokenizer) -> Optional[Dict[str, Any]]:
-    """What keeps sentencepiece's user-defined pieces apart from what stands beside them."""
-    pieces = [piece.piece for piece in old.proto.pieces if piece.type == piece.USER_DEFINED]
-    if not pieces:
-        return None
-    return {"type": "Split", "pattern": {"Regex": _any(pieces)}, "behavior": "Isolated", "invert": False}
 
 
 def _difference(old: LlavaTokenizer, content: Dict[str, Any], image: int) -> Optional[str]:

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 from typing import Any, Dict, List, Optional
 
 from ..block.leaves import Resettable, materialize
-from ..checkpoints.files import Weight, read_config, read_weights
+from ..checkpoints.files import read_config, read_weights, weight_of
 from ..checkpoints.folder import FULL, MIXED, Checkpoint, check_index, folder_kind, name_problem
 from ..checkpoints.verdict import LOAD, judge
 from ..config import PROJECTOR_TYPE, MMFuserConfig
@@ -82,7 +82,7 @@ def _check_weights(given: Dict[str, Any], keys: List[str]) -> None:
     if state is None:
         weights = [weight for file in _files(given) for weight in read_weights(*os.path.split(file))]
     else:
-        weights = [Weight("", name, str(value.dtype)[6:], tuple(value.shape)) for name, value in state.items()]
+        weights = [weight_of(name, value) for name, value in state.items()]
     weights = [weight for weight in weights if MARK in weight.name]
     try:
         listed = {name for name in keys if MARK in name}

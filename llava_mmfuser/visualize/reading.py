@@ -8,7 +8,7 @@ from torch import nn
 
 from ..block.fusion import Fusion
 from ..block.kinds import FUSIONS
-from ..checkpoints.files import read_config, read_tensors_of
+from ..checkpoints.files import read_config
 from ..checkpoints.folder import Checkpoint, read_checkpoint
 from ..checkpoints.verdict import DRAW, judge
 from ..config import MMFuserConfig
@@ -130,7 +130,7 @@ def _stored(folders: Sequence[str], mark: str, prefix: str = "") -> Tuple[Dict[s
         rename_published(found)
         found = {name[len(prefix) :]: weight for name, weight in found.items() if name.startswith(prefix)}
         if found:
-            return {name: value.float() for name, value in read_tensors_of(folder, found)}, folder
+            return {name: weight.read().float() for name, weight in found.items()}, folder
     return {}, ""
 
 

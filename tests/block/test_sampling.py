@@ -1,14 +1,11 @@
-from importlib.util import find_spec
-
 import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
 from llava_mmfuser.block import sampling as ops
-from llava_mmfuser.block import sampling_deformops
 from llava_mmfuser.block.sampling import IMPLEMENTATIONS, deformable_sampling, select_implementation, unavailable
 
-PYTORCH = [name for name in IMPLEMENTATIONS if name not in ("triton", "deformops")]  # which have tests of their own
+PYTORCH = [name for name in IMPLEMENTATIONS if name != "triton"]  # which has tests of its own
 FAST = [name for name in PYTORCH if name != "reference"]
 # Largest deviation from the float64 reference, relative to its largest value.
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 8e-3, torch.float16: 1e-3}
@@ -183,31 +180,6 @@ def test_implementation_that_cannot_run_here_is_refused_by_name():
     assert unavailable("reference", torch.device("cuda"), torch.float32) is None
     with pytest.raises(ValueError, match="they must be on one device"):
         deformable_sampling(value, offsets.to("meta"), logits, (5, 5))
-
-
-@pytest.mark.skipif(find_spec("deformops") is None, reason="deformops is not installed: it needs Python 3.12")
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("case", [dict(), dict(levels=1), dict(grid=(3, 7)), dict(spread=20.0)])
-def test_deformops_is_the_same_function(monkeypatch, fresh_choice, dtype, case):
-    value, offsets, logits = inputs(**case, dtype=dtype)
-    tensors, grid = (value, offsets.floor() + 0.25, logits), case.get("grid", (5, 5))
-    expected = run([tensor.double() for tensor in tensors], grid, "reference")
-    monkeypatch.setenv("LLAVA_MMFUSER_SAMPLING", "deformops")
-    for found, wanted in zip(run(tensors, grid, None), expected):
-        assert found.dtype == dtype and deviation(found, wanted) < 4 * TOLERANCE[dtype]  # it rounds the weights, too
-
-
-def test_deformops_is_refused_where_it_is_not_and_where_it_would_not_repeat(monkeypatch):
-    def missing(name):
-        raise ImportError(f"No module named {name!r}")
-
-    monkeypatch.setattr(sampling_deformops, "import_module", missing)
-    reason = unavailable("deformops", torch.device("cuda"), torch.float32)
-    assert reason.endswith("cannot be imported: No module named 'deformops.registry'") and "Python 3.12" in reason
-    monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: True)
-    with pytest.raises(ValueError, match="deformops' cannot run here: deformops has no deterministic mode"):
-        deformable_sampling(*inputs(dtype=torch.float32), (5, 5), "deformops")
-    assert unavailable("deformops", torch.device("cuda"), torch.float64).endswith("not float64")
 
 
 def test_predicate_and_unknown_names(monkeypatch, fresh_choice):

@@ -13,7 +13,8 @@ from safetensors.torch import load_file, save_file
 
 pytest.importorskip("llava", reason="makes checkpoints with LLaVA")
 from llava_mmfuser.block.rivals import build_fusion  # noqa: E402
-from llava_mmfuser.export import folder, stock, tensors  # noqa: E402
+from llava_mmfuser.checkpoints import writing  # noqa: E402
+from llava_mmfuser.export import folder, stock  # noqa: E402
 from llava_mmfuser.export.folder import export  # noqa: E402
 from llava_mmfuser.export.names import from_released, to_llava, to_native  # noqa: E402
 from llava_mmfuser.export.native import export_to_llava  # noqa: E402
@@ -85,7 +86,7 @@ def test_every_layout_makes_the_same_folder(made, take, tmp_path, layout):
 
 
 def test_large_models_are_written_in_shards(made, tmp_path, monkeypatch):
-    monkeypatch.setattr(tensors, "SHARD", 100_000)
+    monkeypatch.setattr(writing, "SHARD", 100_000)
     export(str(made / "full"), str(tmp_path / "out"))
     index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
     files = sorted((tmp_path / "out").glob("model-*.safetensors"))
@@ -432,26 +433,26 @@ def test_biases_that_peft_saves_with_lora_bias_all_are_no_hindrance(made, parts,
 def test_writing_holds_about_a_tensor_in_memory(tmp_path, ending):
     """Of 40 tensors of 16 MB."""
     code = f"""
-import resource, torch
-from safetensors.torch import save_file
-from llava_mmfuser.export import tensors
+import torch
+from llava_mmfuser.checkpoints.files import Weight
+from llava_mmfuser.checkpoints.writing import shards
 
 state = {{str(n): torch.full((1 << 22,), float(n)) for n in range(40)}} if {ending == "bin"} else None
 if state:
     torch.save(state, "model.bin")
 else:
-    step = tensors.steps({{str(n): tensors.Tensor("float32", (1 << 22,), lambda n=n: torch.full((1 << 22,), float(n)))
-                          for n in range(40)}})[0]
+    made = (Weight("", str(n), "float32", (1 << 22,), lambda n=n: torch.full((1 << 22,), float(n))) for n in range(40))
+    step, = shards({{weight.name: weight for weight in made}})
     step.write("model.safetensors", lambda count: None)
 """
     subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True)
     code = f"""
 import resource
-from llava_mmfuser.export import tensors
+from llava_mmfuser.checkpoints import files, writing
 
-tensors._MAPPED = 64 << 20
+files._MAPPED = 64 << 20
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-step, = tensors.steps(tensors.of_files(".", ["model.{ending}"]))
+step, = writing.shards(files.float_weights(".", ["model.{ending}"]))
 step.write("out.safetensors", lambda count: None)
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
 """

@@ -174,7 +174,7 @@ DAMAGE = [
         "shape of more numbers than bytes",
         SAFE,
         lambda f: edit_header(f / "model.safetensors", lambda h: entry_of(h).update(shape=[3])),
-        r"bytes 0 to \d+ are not those of \[3\] F32",
+        "not a complete safetensors file, .* invalid shape, data type, or offset",
     ),
     (
         "overlap",
@@ -182,13 +182,13 @@ DAMAGE = [
         lambda f: edit_header(
             f / "model.safetensors", lambda h: entry_of(h, 1).update(data_offsets=entry_of(h)["data_offsets"])
         ),
-        "not a complete safetensors file: .* are not those of",
+        "not a complete safetensors file, .* invalid ",
     ),
     (
         "unknown dtype",
         SAFE,
         lambda f: edit_header(f / "model.safetensors", lambda h: entry_of(h).update(dtype="F31")),
-        "is 'F31'; known are BOOL",
+        "unknown variant `F31`, expected one of `BOOL`",
     ),
     ("bin truncated", BIN, lambda f: truncate(f / "pytorch_model.bin"), "cannot be read as tensors"),
     ("adapter truncated", "adapter", lambda f: truncate(f / "mm_projector.bin"), "cannot be read as tensors"),

@@ -1,11 +1,14 @@
 """scripts/benchmark.py at small sizes: its parts run, its sides agree, its figures add up. No timing is judged."""
 
+import functools
 import json
 import sys
+from importlib.util import find_spec
 
 import benchmark
 import host
 import pytest
+import sampling_deformops
 import torch
 from versions import TORCH
 
@@ -25,6 +28,37 @@ def test_transformers_op_is_the_same_function():
     inputs = benchmark.sampling_inputs(case)
     out = benchmark.transformers_op()(*inputs, case.grid)
     torch.testing.assert_close(out, ops.deformable_sampling(*inputs, case.grid))
+
+
+@pytest.mark.skipif(find_spec("deformops") is None, reason="deformops is not installed: it needs Python 3.12")
+@pytest.mark.parametrize("dtype, limit", [(torch.float32, 4e-5), (torch.bfloat16, 3.2e-2)])
+def test_deformops_is_the_same_function(dtype, limit):
+    assert sampling_deformops.unavailable(dtype) is None
+    case = CASE._replace(batch=2, grid=(3, 7))
+    value, offsets, logits = (tensor.detach().to(dtype) for tensor in benchmark.sampling_inputs(case))
+
+    def run(function, kind):
+        leaves = [tensor.to(kind).requires_grad_() for tensor in (value, offsets.floor() + 0.25, logits)]
+        out = function(*leaves, case.grid)
+        out.backward(torch.ones_like(out))
+        return [out.detach(), *(leaf.grad for leaf in leaves)]
+
+    expected = run(functools.partial(ops.deformable_sampling, implementation="reference"), torch.float64)
+    for found, wanted in zip(run(sampling_deformops.deformable_sampling, dtype), expected):
+        assert found.dtype == dtype and (found.double() - wanted).abs().max() < limit * wanted.abs().max()
+
+
+def test_deformops_is_left_out_where_it_is_not_and_where_it_would_not_repeat(monkeypatch):
+    def missing(name):
+        raise ImportError(f"No module named {name!r}")
+
+    monkeypatch.setattr(sampling_deformops, "import_module", missing)
+    reason = sampling_deformops.unavailable(torch.float32)
+    assert reason.endswith("cannot be imported: No module named 'deformops.registry'") and "Python 3.12" in reason
+    assert all("deformops" not in row.name for row in benchmark.bench_op(CASE))
+    assert sampling_deformops.unavailable(torch.float64).endswith("not float64")
+    monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: True)
+    assert sampling_deformops.unavailable(torch.float32) == "deformops has no deterministic mode"
 
 
 def test_replaced_sampling_is_really_used():

@@ -1,26 +1,23 @@
-"""Deformable sampling by the deformops package (MIT), where it is installed: Triton on CUDA, PyTorch elsewhere.
-
-Nothing chooses it by itself: it is a yardstick, which no GPU of ours has compared with our own kernels yet.
-"""
+"""Deformable sampling by the deformops package (MIT), a yardstick for `benchmark.py`: Triton on CUDA, else PyTorch."""
 
 from importlib import import_module
 from typing import Callable, Optional, Tuple
 
 import torch
 
-from .sampling_reference import cell_positions
+from llava_mmfuser.block.sampling_reference import cell_positions
 
 _msda: Optional[Callable[..., torch.Tensor]] = None  # once `unavailable` found that it can run
 
 
 def unavailable(dtype: torch.dtype) -> Optional[str]:
-    """Why it cannot run here for a value of this dtype; None if it can. Asked before every choice."""
+    """Why it cannot run here for a value of this dtype; None if it can."""
     global _msda
     if dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return f"deformops takes float32, bfloat16 and float16, not {str(dtype)[len('torch.') :]}"
     if torch.are_deterministic_algorithms_enabled():
         return "deformops has no deterministic mode"
-    try:  # not an import statement: transformers would ask users of an exported folder, which holds this, to install it
+    try:
         _msda = import_module("deformops.registry").msda
     except ImportError as error:
         return f"deformops, for Python 3.12 and torch 2.11 or newer, cannot be imported: {error}"
