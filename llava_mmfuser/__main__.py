@@ -29,7 +29,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True)
 
     def command(function: Callable, text: str, **settings: Any) -> Callable[..., Any]:
-        """Add the command that `function` runs; returns what adds an argument to it."""
+        """Add the command that `function` runs. Returns its `add_argument`."""
         added = commands.add_parser(function.__name__[1:], **{"help": text, "description": text, **settings})
         added.set_defaults(function=function)
         return added.add_argument
@@ -159,8 +159,8 @@ def _upgrade(options: argparse.Namespace) -> None:
     from .export import native
     from .names import is_native
 
-    given = {setting.name: getattr(options, setting.name) for setting in dataclasses.fields(MMFuserConfig)}
-    settings = {name: value for name, value in given.items() if value is not None}
+    names = [setting.name for setting in dataclasses.fields(MMFuserConfig)]
+    settings = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
     if not is_native(read_config(options.input) or {}):
         _say(*upgrade(options.input, options.output, options.link, options.vision_tower, settings))
     elif options.vision_tower:

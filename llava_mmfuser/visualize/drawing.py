@@ -107,32 +107,47 @@ def draw(maps: FeatureMaps, title: str) -> Any:
     """
     fields = [*maps.layers] + ([] if maps.fused is None else [maps.fused])
     names = [f"layer {index}" for index in maps.indices[:-1]] + [f"layer {maps.indices[-1]} = query", "fused"]
-    area = (0.0, 0.0, *map(float, maps.picture.size))
-    scale = min(WIDTH / area[2], HEIGHT / area[3])
-    height = max(area[3] * scale, FLAT)
+    scale = min(WIDTH / maps.picture.width, HEIGHT / maps.picture.height)
+    height = max(maps.picture.height * scale, FLAT)
     if maps.samples is None:
-        board = _Board(1 + len(fields), [height] * 2, max(NARROW, area[2] * scale), CAPTION)
+        board = _Board(1 + len(fields), [height] * 2, max(NARROW, maps.picture.width * scale), CAPTION)
     else:
         board = _Board(1 + len(fields), [height, height, WIDTH], WIDTH, CAPTION + SAMPLES_CAPTION)
     text = f"{title}, {maps.picture.width} x {maps.picture.height}   |   {maps.label}"
-    text = (text if text.isprintable() else ascii(text)[1:-1]).replace("$", r"\$")  # a font lacks what is no text
+    text = (text if text.isprintable() else ascii(text)[1:-1]).replace("$", r"\$")  # bytes that are no text: no glyphs
     board.figure.text(LEFT / board.total, 1 - 0.12 / board.height, text, fontsize=11, va="top")
-    _picture_panel(board.axes(0, 0), maps, area)
+    picture = board.axes(0, 0)
+    _show_picture(picture, maps, alpha=0.3)
+    _show_picture(picture, maps).set_clip_path(_rectangle(maps.box, transform=picture.transData))
+    _frame(picture, maps, "picture" if maps.at is None else "picture, point {:g},{:g}".format(*maps.at))
     norms = [np.linalg.norm(field, axis=-1) for field in fields]
     low, high = np.percentile(np.stack([norm[maps.real] for norm in norms]), PERCENTILES)
     for column, (name, rgb, norm) in enumerate(zip(names, colours(maps), norms), 1):
-        _map_panel(board.axes(column, 0), maps, area, name, rgb)
+        _map_panel(board.axes(column, 0), maps, name, rgb)
         text = f"norm, median {np.median(norm[maps.real]):.3g}"
-        shown = _map_panel(board.axes(column, 1), maps, area, text, norm, cmap="viridis", vmin=low, vmax=high)
+        shown = _map_panel(board.axes(column, 1), maps, text, norm, cmap="viridis", vmin=low, vmax=high)
     board.bar(len(norms), 1, board.width + 0.08, shown, "norm", extend="both", ticks=MaxNLocator(4))
     if maps.difference is not None:
-        _difference_panel(board, maps, area, maps.difference)
-    if maps.cell is not None and maps.samples is not None and maps.weights is not None:
-        _sample_panels(board, maps, _cell_box(maps, maps.cell), maps.samples, maps.weights)
+        size = np.linalg.norm(maps.difference, axis=-1)
+        share = (size / norms[len(maps.layers) - 1].clip(1e-12))[maps.real].mean()
+        text = f"difference, {share:.1%}" if size.any() else "difference, exactly 0"
+        limit = np.percentile(size[maps.real], PERCENTILES[1]) or 1.0
+        shown = _map_panel(board.axes(0, 1), maps, text, size, cmap="magma", vmin=0, vmax=limit)
+        if size.any():
+            board.bar(0, 1, -0.17, shown, "|fused - query|", extend="max", ticklocation="left", ticks=MaxNLocator(4))
+    if maps.cell is not None:
+        cell = _cell_box(maps, maps.cell)
+        _outline(picture, cell)
+        if maps.samples is not None and maps.weights is not None:
+            window = _window(cell, maps.samples, maps.weights)
+            _outline(picture, window, (0, (3, 2)))
+            _sample_panels(board, maps, cell, window, maps.samples, maps.weights)
     return board.figure
 
 
-def _frame(axes: Any, area: Edges, title: str) -> None:
+def _frame(axes: Any, maps: FeatureMaps, title: str, area: Optional[Edges] = None) -> None:
+    """Let axes show an area, or the whole picture."""
+    area = (0, 0, *maps.picture.size) if area is None else area
     axes.set(xlim=(area[0], area[2]), ylim=(area[3], area[1]), xticks=[], yticks=[], aspect="equal")
     axes.set_title(title, fontsize=9, pad=3)
 
@@ -171,36 +186,17 @@ def _window(cell: np.ndarray, samples: np.ndarray, weights: np.ndarray) -> np.nd
     return np.concatenate([centre - half, centre + half])
 
 
-def _picture_panel(axes: Any, maps: FeatureMaps, area: Edges) -> None:
-    _show_picture(axes, maps, alpha=0.3)
-    _show_picture(axes, maps).set_clip_path(_rectangle(maps.box, transform=axes.transData))
-    _frame(axes, area, "picture" if maps.at is None else "picture, point {:g},{:g}".format(*maps.at))
-    if maps.cell is not None:
-        cell = _cell_box(maps, maps.cell)
-        _outline(axes, cell)
-        if maps.samples is not None and maps.weights is not None:
-            _outline(axes, _window(cell, maps.samples, maps.weights), (0, (3, 2)))
-
-
-def _map_panel(axes: Any, maps: FeatureMaps, area: Edges, title: str, field: Any, **settings: Any) -> Any:
+def _map_panel(axes: Any, maps: FeatureMaps, title: str, field: Any, **settings: Any) -> Any:
     _show_picture(axes, maps, alpha=0.3)
     left, top, right, bottom = maps.box
     shown = axes.imshow(field, extent=(left, right, bottom, top), interpolation="bilinear", **settings)
-    _frame(axes, area, title)
+    _frame(axes, maps, title)
     return shown
 
 
-def _difference_panel(board: _Board, maps: FeatureMaps, area: Edges, difference: np.ndarray) -> None:
-    size = np.linalg.norm(difference, axis=-1)
-    relative = (size / np.linalg.norm(maps.layers[-1], axis=-1).clip(1e-12))[maps.real].mean()
-    title = f"difference, {relative:.1%}" if size.any() else "difference, exactly 0"
-    limit = np.percentile(size[maps.real], PERCENTILES[1]) or 1.0
-    shown = _map_panel(board.axes(0, 1), maps, area, title, size, cmap="magma", vmin=0, vmax=limit)
-    if size.any():
-        board.bar(0, 1, -0.17, shown, "|fused - query|", extend="max", ticklocation="left", ticks=MaxNLocator(4))
-
-
-def _sample_panels(board: _Board, maps: FeatureMaps, cell: np.ndarray, samples: np.ndarray, of_all: np.ndarray) -> None:
+def _sample_panels(
+    board: _Board, maps: FeatureMaps, cell: Edges, window: Edges, samples: np.ndarray, of_all: np.ndarray
+) -> None:
     heads, levels, points = of_all.shape
     palette = ListedColormap(colormaps["hsv"](np.arange(heads) / heads))
     colouring = ScalarMappable(Normalize(-0.5, heads - 0.5), palette)
@@ -218,5 +214,5 @@ def _sample_panels(board: _Board, maps: FeatureMaps, cell: np.ndarray, samples: 
             alpha=0.85,
         )
         _outline(axes, cell)
-        _frame(axes, _window(cell, samples, of_all), f"samples, weight {weights.sum() / heads:.0%}")
+        _frame(axes, maps, f"samples, weight {weights.sum() / heads:.0%}", window)
     board.bar(levels, 2, board.width + 0.08, colouring, "head", ticks=range(0, heads, max(1, heads // 8)))
