@@ -115,7 +115,7 @@ def _boolean(text: str) -> bool:
 
 def _layers(options: argparse.Namespace) -> None:
     if re.fullmatch(r"[+-]?\d+", options.tower):
-        blocks = (int(options.tower[:4000]), 0)  # Python converts no more digits than that; fewer are too many blocks
+        blocks = (int(options.tower[:4000]), 0)  # Python converts at most 4300 digits
         check_count(blocks[0], MAX_LAYERS, "blocks")
     else:
         from .towers import tower_config
@@ -138,7 +138,7 @@ def _inspect(options: argparse.Namespace) -> bool:
         lines, reason = inspect(options.path)
     except (ImportError, MemoryError, OSError, RecursionError, ValueError):
         raise
-    except Exception as error:  # users inspect what is broken, so they get an answer
+    except Exception as error:  # users inspect what is broken, and need an answer
         from .installation import explain
 
         lines, reason = [], f"a fault of llava_mmfuser, please report it: {explain(error)}"
@@ -209,7 +209,7 @@ def _reporting_errors(options: argparse.Namespace) -> int:
     except KeyboardInterrupt:
         print(f"python -m llava_mmfuser {options.command}: interrupted", file=sys.stderr)
         return 130
-    except BrokenPipeError:  # whoever reads the output has seen enough
+    except BrokenPipeError:  # the reader of the output has closed it
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except OSError as error:
@@ -238,7 +238,7 @@ def _complain(command: str, reason: str) -> None:
 
 
 def _printable(line: str) -> str:
-    """One line: a name may hold line ends, control characters and bytes that are no text."""
+    """The text on one line, with escapes for line ends, control characters and bytes that are no text."""
     encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
     escaped = "".join(c if c.isprintable() or c == " " else ascii(c)[1:-1] for c in line)
     return escaped.encode(encoding, "backslashreplace").decode(encoding)
@@ -252,7 +252,7 @@ def _run(options: argparse.Namespace) -> int:
         if not os.path.exists(target):
             runpy.run_module(target, run_name="__main__", alter_sys=True)
         elif os.path.isdir(target) and not os.path.isfile(os.path.join(target, "__main__.py")):
-            raise ImportError("the folder has no __main__.py")  # runpy would run one from elsewhere on the path
+            raise ImportError("the folder has no __main__.py")  # else runpy runs another one on the path
         else:
             if not (sys.flags.isolated or getattr(sys.flags, "safe_path", False)):
                 sys.path[0] = os.path.dirname(os.path.abspath(target))
