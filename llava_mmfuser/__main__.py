@@ -17,123 +17,94 @@ from .layers import LAYER_SETS, Layers
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m llava_mmfuser", description="MMFuser for an unmodified LLaVA.")
-    commands = parser.add_subparsers(dest="command", required=True)
-    commands.add_parser("status", help="show versions, every patched symbol and which implementation will run")
-    run = commands.add_parser("run", help="run a LLaVA script (path) or module (dotted name) with the hook on")
-    run.add_argument("target", help="such as llava/train/train_mem.py or llava.serve.cli")
-    run.add_argument("arguments", nargs=argparse.REMAINDER, help="passed on unchanged")
-    text = "show which hidden_states indices each named set of layers has in a vision tower"
-    layers = commands.add_parser("layers", help=text, description=text)
-    layers.add_argument("tower", help="number of blocks, such as 24, or name or folder of a vision tower")
-    layers.add_argument(
-        "--mm_vision_select_layer", dest="query", type=int, default=-2, help="the query layer. If not given: -2."
-    )
-    _add_checkpoint_commands(commands)
-    _add_visualize(commands)
-    options = parser.parse_args()
+    options = _parser().parse_args()
     if options.command == "run":
         return _run(options)  # a traceback is the script's
-    return _reporting_errors(options.command, _COMMANDS[options.command], options)
+    return _reporting_errors(options)
 
 
-def _add_checkpoint_commands(commands: Any) -> None:
-    text = "show what a checkpoint folder or an adapter file holds and whether it loads (exit code 0 or 1)"
-    inspect = commands.add_parser("inspect", help=text, description=text)
-    inspect.add_argument("path", help="folder of a checkpoint, adapter or LoRA, or an adapter file")
-    text = "rewrite a checkpoint, adapter or LoRA folder of the authors' fork in this package's format, or back"
-    convert = commands.add_parser("convert", help=text, description=text)
-    text = "put a fresh fuser, which is the identity, in front of a released LLaVA (checkpoint, adapter or LoRA folder)"
-    upgrade = commands.add_parser("upgrade", help=text, description=text)
-    for command in (convert, upgrade):
-        command.add_argument("input", metavar="IN", help="folder to read; it is never changed")
-        command.add_argument("output", metavar="OUT", help="folder to make; it must not exist")
-        command.add_argument(
-            "--link",
-            action="store_true",
+# fmt: off
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m llava_mmfuser", description="MMFuser for an unmodified LLaVA.")
+    commands = parser.add_subparsers(dest="command", required=True)
+
+    def command(function: Callable, text: str, **settings: Any) -> Callable[..., Any]:
+        """Add the command that `function` runs. Returns its `add_argument`."""
+        added = commands.add_parser(function.__name__[1:], **{"help": text, "description": text, **settings})
+        added.set_defaults(function=function)
+        return added.add_argument
+
+    command(_status, "show versions, every patched symbol and which implementation will run", description=None)
+    add = command(_run, "run a LLaVA script (path) or module (dotted name) with the hook on", description=None)
+    add("target", help="such as llava/train/train_mem.py or llava.serve.cli")
+    add("arguments", nargs=argparse.REMAINDER, help="passed on unchanged")
+
+    add = command(_layers, "show which hidden_states indices each named set of layers has in a vision tower")
+    add("tower", help="number of blocks, such as 24, or name or folder of a vision tower")
+    add("--mm_vision_select_layer", dest="query", type=int, default=-2, help="the query layer. If not given: -2.")
+
+    add = command(_inspect,
+                  "show what a checkpoint folder or an adapter file holds and whether it loads (exit code 0 or 1)")
+    add("path", help="folder of a checkpoint, adapter or LoRA, or an adapter file")
+
+    convert = command(
+        _convert, "rewrite a checkpoint, adapter or LoRA folder of the authors' fork in this package's format, or back")
+    upgrade = command(
+        _upgrade,
+        "put a fresh fuser, which is the identity, in front of a released LLaVA (checkpoint, adapter or LoRA folder)")
+    export = command(
+        _export,
+        "write a checkpoint with a fuser (full, or adapter or LoRA with --base) in transformers' own format")
+    for add in (convert, upgrade, export):
+        add("input", metavar="IN", help="folder to read; it is never changed")
+        add("output", metavar="OUT", help="folder to make; it must not exist")
+    for add in (convert, upgrade):
+        add("--link", action="store_true",
             help="hard-link weight files that stay as they are. By default they are copied (sharing blocks where the "
-            "file system can), because LLaVA's saving overwrites files in place: training into OUT would then damage "
-            "a linked IN, too.",
-        )
-    convert.add_argument("--to", choices=["authors"], help="write the authors' format. If not given: this package's.")
-    upgrade.add_argument(
-        "--vision-tower", metavar="PATH", help="where to read the tower's config. If not given: mm_vision_tower of IN."
-    )
-    text = "write a checkpoint with a fuser (full, or adapter or LoRA with --base) in transformers' own format"
-    export = commands.add_parser("export", help=text, description=text)
-    export.add_argument("input", metavar="IN", help="folder to read; it is never changed")
-    export.add_argument("output", metavar="OUT", help="folder to make; it must not exist")
-    export.add_argument(
-        "--to", choices=["llava"], help="the way back, from transformers' format. If not given: to transformers' own."
-    )
-    export.add_argument(
-        "--base",
-        help="language model of an adapter or LoRA, folder or name on the hub; with --to llava: a folder with "
-        "tokenizer.model, where IN has none",
-    )
-    export.add_argument(
-        "--vision-tower",
-        metavar="PATH",
-        help="with --to llava: the tower that the model was trained with. If not given: what export wrote down.",
-    )
-    export.add_argument(
-        "--stock",
-        action="store_true",
-        default=None,
-        help="write transformers' own LLaVA, which needs no code of ours; possible for linear fusions and shut gates",
-    )
+                 "file system can), because LLaVA's saving overwrites files in place: training into OUT would then "
+                 "damage a linked IN, too.")
+    convert("--to", choices=["authors"], help="write the authors' format. If not given: this package's.")
+    upgrade("--vision-tower", metavar="PATH",
+            help="where to read the tower's config. If not given: mm_vision_tower of IN.")
     kinds: Dict[Any, Dict[str, Any]] = {bool: {"type": _boolean, "nargs": "?", "const": True}, int: {"type": int}}
     for setting in dataclasses.fields(MMFuserConfig):
         kind = kinds.get(setting.type, {})
-        upgrade.add_argument("--" + FLAG_PREFIX + setting.name, help=setting.metadata["help"], **kind)
+        upgrade("--" + FLAG_PREFIX + setting.name, help=setting.metadata["help"], **kind)
+    export("--to", choices=["llava"],
+           help="the way back, from transformers' format. If not given: to transformers' own.")
+    export("--base", help="language model of an adapter or LoRA, folder or name on the hub; with --to llava: a folder "
+                          "with tokenizer.model, where IN has none")
+    export("--vision-tower", metavar="PATH",
+           help="with --to llava: the tower that the model was trained with. If not given: what export wrote down.")
+    export("--stock", action="store_true", default=None,
+           help="write transformers' own LLaVA, which needs no code of ours; possible for linear fusions and shut "
+                "gates")
 
-
-def _add_visualize(commands: Any) -> None:
-    text = (
+    add = command(
+        _visualize,
         "draw the feature maps of pictures, one PNG each: every layer's, the fused one, the difference that the fuser "
-        "makes, and where a query samples (exit code 1 if a picture could not be done)"
-    )
-    visualize = commands.add_parser("visualize", help=text.split(",")[0], description=text)
-    visualize.add_argument(
-        "--model-path",
-        required=True,
-        metavar="PATH",
+        "makes, and where a query samples (exit code 1 if a picture could not be done)",
+        help="draw the feature maps of pictures")
+    add("--model-path", required=True, metavar="PATH",
         help="folder of a checkpoint, adapter or LoRA, or name on the hub; without a fuser in it (released LLaVA, CLIP "
-        "tower) a fresh one is shown, which is the identity",
-    )
-    visualize.add_argument(
-        "--image",
-        required=True,
-        nargs="+",
-        action="extend",
-        metavar="X",
-        help="file, folder or URL; may be repeated. EXIF orientation is ignored, as in LLaVA.",
-    )
-    visualize.add_argument("--output", required=True, metavar="DIR", help="folder for the PNGs, made if it is absent")
-    visualize.add_argument(
-        "--model-base", metavar="BASE", help="where to look for weights that are not in PATH, as LLaVA's model_base"
-    )
-    visualize.add_argument(
-        "--vision-tower", metavar="PATH", help="where to read the tower. If not given: mm_vision_tower of PATH."
-    )
-    visualize.add_argument(
-        "--layers",
-        metavar="LIST",
-        help="layers of a model without a fuser, spelled as mm_fuser_layers. If not given: those that a fuser "
-        "for the model's own layer would get.",
-    )
-    visualize.add_argument(
-        "--at", metavar="X,Y", help="point in pixels of every picture, from its top left corner: show its samples"
-    )
-    visualize.add_argument(
-        "--npz",
-        action="store_true",
+             "tower) a fresh one is shown, which is the identity")
+    add("--image", required=True, nargs="+", action="extend", metavar="X",
+        help="file, folder or URL; may be repeated. EXIF orientation is ignored, as in LLaVA.")
+    add("--output", required=True, metavar="DIR", help="folder for the PNGs, made if it is absent")
+    add("--model-base", metavar="BASE", help="where to look for weights that are not in PATH, as LLaVA's model_base")
+    add("--vision-tower", metavar="PATH", help="where to read the tower. If not given: mm_vision_tower of PATH.")
+    add("--layers", metavar="LIST",
+        help="layers of a model without a fuser, spelled as mm_fuser_layers. If not given: those that a fuser for the "
+             "model's own layer would get.")
+    add("--at", metavar="X,Y", help="point in pixels of every picture, from its top left corner: show its samples")
+    add("--npz", action="store_true",
         help="write the arrays, too: layers [L, H, W, C], fused and difference [H, W, C], indices [L] (hidden_states), "
-        "box [4] (left, top, right, bottom of the tower's input in pixels of the picture), real [H, W] (not padding "
-        "alone); with --at: at [2], cell [2] (row, column), samples [heads, levels, points, 2] (x, y in pixels of the "
-        "picture), weights [heads, levels, points]",
-    )
-    visualize.add_argument("--device", help="If not given: cuda where there is one, else cpu.")
+             "box [4] (left, top, right, bottom of the tower's input in pixels of the picture), real [H, W] (not "
+             "padding alone); with --at: at [2], cell [2] (row, column), samples [heads, levels, points, 2] (x, y in "
+             "pixels of the picture), weights [heads, levels, points]")
+    add("--device", help="If not given: cuda where there is one, else cpu.")
+    return parser
+# fmt: on
 
 
 def _boolean(text: str) -> bool:
@@ -142,9 +113,9 @@ def _boolean(text: str) -> bool:
     return text.lower() == "true"
 
 
-def _layers(options: argparse.Namespace) -> int:
+def _layers(options: argparse.Namespace) -> None:
     if re.fullmatch(r"[+-]?\d+", options.tower):
-        blocks = (int(options.tower[:4000]), 0)  # more digits than Python converts are too many blocks, too
+        blocks = (int(options.tower[:4000]), 0)  # Python converts at most 4300 digits
         check_count(blocks[0], MAX_LAYERS, "blocks")
     else:
         from .towers import tower_config
@@ -158,108 +129,87 @@ def _layers(options: argparse.Namespace) -> int:
         except ValueError:
             layers = "none below this layer"
         _say(f"{name:8} {layers}")
-    return 0
 
 
-def _inspect(options: argparse.Namespace) -> int:
+def _inspect(options: argparse.Namespace) -> bool:
     from .checkpoints.report import NAME_NOTE, inspect
 
     try:
         lines, reason = inspect(options.path)
     except (ImportError, MemoryError, OSError, RecursionError, ValueError):
         raise
-    except Exception as error:  # it is asked when something is wrong, so it answers
+    except Exception as error:  # users inspect what is broken, and need an answer
         from .installation import explain
 
         lines, reason = [], f"a fault of llava_mmfuser, please report it: {explain(error)}"
     yes = "loads: yes" + (", under such a name" if lines and lines[-1].startswith(NAME_NOTE) else "")
-    verdict = yes if reason is None else "loads: no, " + " ".join(reason.split())
-    for line in lines + [verdict]:
-        _say(line)
-    return 0 if reason is None else 1
+    _say(*lines, yes if reason is None else "loads: no, " + " ".join(reason.split()))
+    return reason is not None
 
 
-def _convert(options: argparse.Namespace) -> int:
+def _convert(options: argparse.Namespace) -> None:
     from .checkpoints.convert import convert
 
-    for note in convert(options.input, options.output, options.to == "authors", options.link):
-        _say(note)
-    return 0
+    _say(*convert(options.input, options.output, options.to == "authors", options.link))
 
 
-def _upgrade(options: argparse.Namespace) -> int:
+def _upgrade(options: argparse.Namespace) -> None:
     from .checkpoints.convert import upgrade
     from .checkpoints.files import read_config
     from .export import native
     from .names import is_native
 
-    given = {
-        setting.name: getattr(options, FLAG_PREFIX + setting.name) for setting in dataclasses.fields(MMFuserConfig)
-    }
+    given = {field.name: getattr(options, FLAG_PREFIX + field.name) for field in dataclasses.fields(MMFuserConfig)}
     settings = {name: value for name, value in given.items() if value is not None}
-    if is_native(read_config(options.input) or {}):
-        if options.vision_tower:
-            raise ValueError("--vision-tower has no effect: the folder holds its vision tower; drop it")
-        notes = native.upgrade(options.input, options.output, options.link, settings)
+    if not is_native(read_config(options.input) or {}):
+        _say(*upgrade(options.input, options.output, options.link, options.vision_tower, settings))
+    elif options.vision_tower:
+        raise ValueError("--vision-tower has no effect: the folder holds its vision tower; drop it")
     else:
-        notes = upgrade(options.input, options.output, options.link, options.vision_tower, settings)
-    for note in notes:
-        _say(note)
-    return 0
+        _say(*native.upgrade(options.input, options.output, options.link, settings))
 
 
-def _export(options: argparse.Namespace) -> int:
+def _export(options: argparse.Namespace) -> None:
     from .export.folder import export
     from .export.native import export_to_llava
 
     if options.to == "llava":
         if options.stock:
             raise ValueError("--stock has no effect with --to llava; drop it")
-        notes = export_to_llava(options.input, options.output, options.base, options.vision_tower)
+        _say(*export_to_llava(options.input, options.output, options.base, options.vision_tower))
     elif options.vision_tower:
         raise ValueError("--vision-tower has no effect without --to llava; drop it")
     else:
-        notes = export(options.input, options.output, options.base, options.stock)
-    for note in notes:
-        _say(note)
-    return 0
+        _say(*export(options.input, options.output, options.base, options.stock))
 
 
-def _visualize(options: argparse.Namespace) -> int:
+def _visualize(options: argparse.Namespace) -> bool:
     from .visualize.command import visualize
 
+    given = {name: getattr(options, name) for name in ("vision_tower", "layers", "device")}
+    given.update(path=options.model_path, base=options.model_base)
     failed = False
-    for outcome in visualize(
-        options.image,
-        options.output,
-        options.at,
-        options.npz,
-        path=options.model_path,
-        base=options.model_base,
-        vision_tower=options.vision_tower,
-        layers=options.layers,
-        device=options.device,
-    ):
-        if outcome.failed:
-            _complain("visualize", outcome.text)
+    for outcome in visualize(options.image, options.output, options.at, options.npz, **given):
+        if isinstance(outcome, ValueError):
+            _complain("visualize", str(outcome))
+            failed = True
         else:
-            _say(outcome.text)
-        failed |= outcome.failed
-    return int(failed)
+            _say(outcome)
+    return failed
 
 
-def _reporting_errors(command: str, function: Callable[[argparse.Namespace], int], options: argparse.Namespace) -> int:
-    """Run a command; what is wrong with its input or its environment is one line on stderr, and exit code 1."""
-    warnings.simplefilter("ignore")  # of libraries about themselves
+def _reporting_errors(options: argparse.Namespace) -> int:
+    """Run a command. Wrong input and a wrong environment are one line on stderr and exit code 1."""
+    warnings.simplefilter("ignore")  # libraries warn about themselves
     try:
-        code = function(options)
+        failed = options.function(options)
         if sys.stdout is not None:
             sys.stdout.flush()  # a full disk or a closed pipe may show only here
-        return code
+        return int(bool(failed))
     except KeyboardInterrupt:
-        print(f"python -m llava_mmfuser {command}: interrupted", file=sys.stderr)
+        print(f"python -m llava_mmfuser {options.command}: interrupted", file=sys.stderr)
         return 130
-    except BrokenPipeError:  # whoever reads the output has seen enough
+    except BrokenPipeError:  # the reader of the output has closed it
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except OSError as error:
@@ -274,12 +224,13 @@ def _reporting_errors(command: str, function: Callable[[argparse.Namespace], int
         if isinstance(error, RuntimeError) and "memory" not in str(error):
             raise
         reason = f"out of memory: {error}"
-    _complain(command, reason)
+    _complain(options.command, reason)
     return 1
 
 
-def _say(text: str) -> None:
-    print(_printable(text))
+def _say(*lines: str) -> None:
+    for line in lines:
+        print(_printable(line))
 
 
 def _complain(command: str, reason: str) -> None:
@@ -287,7 +238,7 @@ def _complain(command: str, reason: str) -> None:
 
 
 def _printable(line: str) -> str:
-    """One line: a name may hold line ends, control characters and bytes that are no text."""
+    """The text on one line, with escapes for line ends, control characters and bytes that are no text."""
     encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
     escaped = "".join(c if c.isprintable() or c == " " else ascii(c)[1:-1] for c in line)
     return escaped.encode(encoding, "backslashreplace").decode(encoding)
@@ -301,7 +252,7 @@ def _run(options: argparse.Namespace) -> int:
         if not os.path.exists(target):
             runpy.run_module(target, run_name="__main__", alter_sys=True)
         elif os.path.isdir(target) and not os.path.isfile(os.path.join(target, "__main__.py")):
-            raise ImportError("the folder has no __main__.py")  # runpy would run one from elsewhere on the path
+            raise ImportError("the folder has no __main__.py")  # else runpy runs another one on the path
         else:
             if not (sys.flags.isolated or getattr(sys.flags, "safe_path", False)):
                 sys.path[0] = os.path.dirname(os.path.abspath(target))
@@ -316,39 +267,26 @@ def _run(options: argparse.Namespace) -> int:
     return 0
 
 
-def _status(options: argparse.Namespace) -> int:
+def _status(options: argparse.Namespace) -> bool:
     from .installation import status
     from .patching import EXPORTED
 
     found = status()
-    parts = {purpose: "yes" if reason is None else f"no, {reason}" for purpose, reason in found["parts"].items()}
-    absent = [purpose for purpose, reason in found["parts"].items() if reason is not None and purpose != EXPORTED]
-    lines = [
+    parts = found["parts"].items()
+    absent = [purpose for purpose, reason in parts if reason is not None and purpose != EXPORTED]
+    _say(
         f"active: {', without '.join(['yes', *absent]) if found['active'] else 'no, ' + found['reason']}",
-        *(f"  {purpose}: {answer}" for purpose, answer in parts.items()),
+        *(f"  {purpose}: {'yes' if reason is None else f'no, {reason}'}" for purpose, reason in parts),
         f"llava: {found['llava'] or 'not found'}",
         f"automatic hook: {'off (' + activation.DISABLE + ' is set)' if activation.disabled() else 'on'}",
         "versions:",
-    ]
-    lines += [f"  {name}: {version or 'not installed'}" for name, version in found["versions"].items()]
-    lines.append("patch targets:")
+        *(f"  {name}: {version or 'not installed'}" for name, version in found["versions"].items()),
+        "patch targets:",
+    )
     for target, state, detail in found["targets"]:
-        lines += [f"  {state:8}{target}  ({detail})", f"          {found['reasons'][target]}"]
-    lines += ["sampling:"] + [f"  {device}: {name}" for device, name in found["implementations"].items()]
-    for line in lines:
-        _say(line)
-    return 0 if found["active"] else 1
-
-
-_COMMANDS = {
-    "status": _status,
-    "layers": _layers,
-    "inspect": _inspect,
-    "convert": _convert,
-    "upgrade": _upgrade,
-    "export": _export,
-    "visualize": _visualize,
-}
+        _say(f"  {state:8}{target}  ({detail})", f"          {found['reasons'][target]}")
+    _say("sampling:", *(f"  {device}: {name}" for device, name in found["implementations"].items()))
+    return not found["active"]
 
 
 if __name__ == "__main__":

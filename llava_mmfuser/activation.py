@@ -1,7 +1,7 @@
-"""The import hook: patches modules of LLaVA right after they have been imported. Standard library only.
+"""The import hook, which patches modules of LLaVA right after their import. Standard library only.
 
-A one-line ``.pth`` in site-packages calls `install` at every interpreter start, so this module must stay cheap, and it
-must never raise: LLaVA swallows every exception that is raised while it is imported.
+A ``.pth`` in site-packages calls `install` at every interpreter start, so this module must be cheap. It must never
+raise, because LLaVA swallows all exceptions during its import.
 """
 
 import importlib
@@ -9,14 +9,14 @@ import os
 import sys
 
 TABLE = "llava_mmfuser.llava_patch"
-# Modules after whose import their rows in the table are applied.
+# After the import of one of these modules, its rows in the table are applied.
 TRIGGERS = (
     "llava.model.llava_arch",
     "llava.model.builder",
     "llava.train.llava_trainer",
     "transformers.models.llava.modeling_llava",
 )
-# Modules that a trigger has imported by then; read anew (importlib.reload), they are patched with their trigger.
+# Modules that a trigger imports -> the trigger, which is patched again when the module is reloaded.
 SOURCES = {
     "llava.model.multimodal_encoder.clip_encoder": "llava.model.llava_arch",
     "llava.model.multimodal_encoder.siglip_encoder": "llava.model.llava_arch",
@@ -26,19 +26,15 @@ DISABLE = "LLAVA_MMFUSER_DISABLE"
 
 
 class _Finder:
-    """Meta-path finder that leaves the search to the others and adds one step after a trigger module has run."""
+    """Lets the other finders search, and makes the loader of a trigger patch it."""
 
     def find_spec(self, name, path=None, target=None):
-        if name not in TRIGGERS and name not in SOURCES:
-            return None
-        for finder in sys.meta_path:
-            find_spec = getattr(finder, "find_spec", None)
-            if find_spec is None or isinstance(finder, _Finder):
-                continue
-            spec = find_spec(name, path, target)
-            if spec is not None:
-                _patch_after_exec(spec.loader)
-                return spec
+        for finder in sys.meta_path if name in TRIGGERS or name in SOURCES else ():
+            if not isinstance(finder, _Finder) and hasattr(finder, "find_spec"):
+                spec = finder.find_spec(name, path, target)
+                if spec is not None:
+                    _patch_after_exec(spec.loader)
+                    return spec
         return None
 
 
@@ -47,7 +43,7 @@ _finder = _Finder()
 
 def _patch_after_exec(loader):
     exec_module = getattr(loader, "exec_module", None)
-    if exec_module is None or getattr(exec_module, "hooked", False):  # a zip archive has one loader for all modules
+    if exec_module is None or getattr(exec_module, "hooked", False):  # all modules of a zip archive share a loader
         return
 
     def exec_and_patch(module):
@@ -55,7 +51,7 @@ def _patch_after_exec(loader):
         trigger = SOURCES.get(name, name)
         if _finder not in sys.meta_path or trigger not in TRIGGERS:
             return exec_module(module)
-        again = _revert(trigger)  # else what is read anew would be taken for patched
+        again = _revert(trigger)  # else the new definitions would count as patched
         try:
             exec_module(module)
         except BaseException:
@@ -77,26 +73,26 @@ def _revert(trigger):
 def _apply(trigger):
     try:
         importlib.import_module(TABLE).apply(trigger)
-    except Exception as error:  # LLaVA's `except: pass` would turn this into a misleading ImportError
+    except Exception as error:  # behind LLaVA's `except: pass`, the user would see a misleading ImportError
         if sys.stderr is not None:
             sys.stderr.write("llava_mmfuser: LLaVA is left unpatched: %s: %s\n" % (type(error).__name__, error))
 
 
 def disabled():
-    """True where ``LLAVA_MMFUSER_DISABLE`` is set to anything but ``0`` or nothing."""
+    """Whether ``LLAVA_MMFUSER_DISABLE`` is set, and not to ``0``."""
     return os.environ.get(DISABLE, "0") not in ("", "0")
 
 
 def install():
-    """What the ``.pth`` runs: `activate`, unless `disabled`."""
+    """Called by the ``.pth``: `activate`, unless `disabled`."""
     if not disabled():
         activate()
 
 
 def activate():
-    """Hook LLaVA: at once where it is already imported, else as soon as it is. Idempotent.
+    """Patch LLaVA now if it is imported, else after its import. Idempotent.
 
-    An explicit call also works where ``LLAVA_MMFUSER_DISABLE`` is set: the variable switches off the automatic hook.
+    ``LLAVA_MMFUSER_DISABLE`` does not stop this call: it switches off the automatic hook alone.
     """
     if _finder not in sys.meta_path:
         sys.meta_path.insert(0, _finder)
@@ -107,7 +103,7 @@ def activate():
 
 
 def deactivate():
-    """Undo `activate`: remove the hook and put LLaVA's own functions back. Models already built keep their fuser."""
+    """Undo `activate`: remove the hook and put LLaVA's functions back. Existing models keep their fuser."""
     if _finder in sys.meta_path:
         sys.meta_path.remove(_finder)
     for trigger in TRIGGERS:

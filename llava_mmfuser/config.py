@@ -1,4 +1,4 @@
-"""Every setting of the fuser: default, help text, validation, and its place in a LLaVA config."""
+"""All settings of the fuser: defaults, help texts, validation, and their keys in a LLaVA config."""
 
 import dataclasses
 import re
@@ -12,13 +12,13 @@ PROJECTOR_TYPE = "mmfuser"
 FLAG_PREFIX = "mm_fuser_"
 
 
-# No `from __future__ import annotations` here: flags are made from these fields' types.
+# No `from __future__ import annotations` here: the flags need the fields' types.
 @dataclass(frozen=True)
 class MMFuserConfig:
-    """Settings of the fuser. In a LLaVA config and on the command line field ``x`` is called ``mm_fuser_x``.
+    """Settings of the fuser. A LLaVA config and the command line call field ``x`` ``mm_fuser_x``.
 
     Raises:
-        ValueError: a value that is not allowed, with the setting, the value and what is allowed.
+        ValueError: a value is not allowed. The message names the setting, the value and the allowed values.
     """
 
     layers: Layers = field(
@@ -93,7 +93,7 @@ class MMFuserConfig:
 
     @property
     def without_effect(self) -> Tuple[str, ...]:
-        """Fields that mean nothing under this fusion and attention kind."""
+        """Fields that have no effect with this fusion and attention kind."""
         of_kinds = dict(ATTENTION_KINDS)
         if self.fusion == "mmfuser":
             del of_kinds[self.attention]
@@ -105,7 +105,7 @@ class MMFuserConfig:
         )
 
     def refuse_useless(self, given: Dict[str, Any]) -> None:
-        """Raise ValueError for settings the user gave (without prefix) that mean nothing here."""
+        """Raise ValueError if the user gave a setting without effect; `given` has names without prefix."""
         for name in self.without_effect:
             if name in given:
                 cause = "attention" if self.fusion == "mmfuser" else "fusion"
@@ -114,14 +114,14 @@ class MMFuserConfig:
                 )
 
     def build(self, hidden_size: int, out_features: int) -> Any:
-        """A fresh fusion of these settings.
+        """Build a fresh fusion with these settings.
 
         Args:
             hidden_size: width of the feature maps.
-            out_features: width of the first layer of the projector behind it.
+            out_features: width of the projector's first layer.
 
         Raises:
-            ValueError: heads that do not divide the width.
+            ValueError: the number of heads does not divide the width.
         """
         from .block.rivals import build_fusion
 
@@ -144,7 +144,7 @@ class MMFuserConfig:
         """Check the settings against a `TowerConfig` and return them with explicit, non-negative layers.
 
         Raises:
-            ValueError: layers that the tower does not have, or heads that do not divide its width.
+            ValueError: the tower lacks a layer, or the number of heads does not divide its width.
         """
         if self.fusion == "mmfuser":
             check_num_heads(vision_config.hidden_size, self.num_heads)
@@ -153,10 +153,10 @@ class MMFuserConfig:
 
     @classmethod
     def from_llava(cls, source: Any) -> "MMFuserConfig":
-        """Read the ``mm_fuser_*`` settings of a LLaVA config, a config.json (dict) or `ModelArguments`; absent or None
-        means default.
+        """Read the ``mm_fuser_*`` settings of a LLaVA config, a config.json (dict) or `ModelArguments`.
 
-        The layers are ``mm_fuser_layers``, else ``mm_vision_select_layer``.
+        An absent setting and None mean the default. The layers are ``mm_fuser_layers``, else
+        ``mm_vision_select_layer``.
         """
         given, select_layer = explicit_settings(source), read_setting(source, "mm_vision_select_layer")
         if "layers" not in given and select_layer is not None:
@@ -164,29 +164,29 @@ class MMFuserConfig:
         return cls(**given)
 
     def difference(self, other: "MMFuserConfig") -> Optional[str]:
-        """The first field with another value in `other`, or None; fields that mean nothing here do not count."""
+        """The first field that differs in `other`, or None. Fields without effect do not count."""
         names = [f.name for f in dataclasses.fields(self) if f.name not in self.without_effect]
         return next((name for name in names if getattr(self, name) != getattr(other, name)), None)
 
     def to_llava(self) -> Dict[str, Any]:
-        """The flat ``mm_fuser_*`` keys for ``config.json``; call it on what `resolve` returned."""
+        """The flat ``mm_fuser_*`` keys for ``config.json``; needs settings from `resolve`."""
         flat = {FLAG_PREFIX + f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         flat["mm_fuser_layers"] = list(self.layers)
         return flat
 
 
 def asks_for_fuser(*args: Any, **kwargs: Any) -> bool:
-    """Whether an argument of a call, such as a config or `ModelArguments`, has ``mm_projector_type=mmfuser``."""
+    """Whether an argument of a call (a config, `ModelArguments`) has ``mm_projector_type=mmfuser``."""
     return any(getattr(value, "mm_projector_type", None) == PROJECTOR_TYPE for value in (*args, *kwargs.values()))
 
 
 def read_setting(source: Any, name: str) -> Any:
-    """A setting of a LLaVA config, a config.json (dict) or `ModelArguments`; None where it is absent."""
+    """A setting of a LLaVA config, a config.json (dict) or `ModelArguments`; None if it is absent."""
     return source.get(name) if isinstance(source, dict) else getattr(source, name, None)
 
 
 def explicit_settings(source: Any) -> Dict[str, Any]:
-    """The ``mm_fuser_*`` settings that the user gave, without the prefix; layers also from a listed select layer."""
+    """The ``mm_fuser_*`` settings that the user gave, without the prefix. A listed select layer gives layers, too."""
     given = {f.name: read_setting(source, FLAG_PREFIX + f.name) for f in dataclasses.fields(MMFuserConfig)}
     select_layer = read_setting(source, "mm_vision_select_layer")
     if given["layers"] is None and select_layer is not None:

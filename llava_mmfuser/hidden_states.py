@@ -1,7 +1,7 @@
-"""Several `hidden_states` of a vision tower in one pass, by the tower's own code.
+"""Reads several `hidden_states` of a vision tower in one pass, with the tower's own code.
 
-The ViT runs once and ends at the deepest fused block. The tower's own `forward` and `feature_select` then run once per
-fused layer, each time as if the ViT ended there, so that they do to every map what they do to LLaVA's one map.
+The ViT runs once and ends at the deepest fused block. The tower's `forward` and `feature_select` run once per fused
+layer, each time as if the ViT ended there. So every map gets the treatment of LLaVA's one map.
 """
 
 import functools
@@ -21,14 +21,14 @@ from .towers import TOWERS, kind_of, select_tokens
 
 
 def return_layers(tower: Any, layers: Sequence[int]) -> None:
-    """Make a tower of LLaVA return these layers side by side, [B, N, L*C]; towers without this stay what they are.
+    """Make one tower of LLaVA return these layers side by side, [B, N, L*C]. Other towers do not change.
 
-    The tower becomes an instance of a subclass of its own class that bears the same name. Its ``select_layer`` is the
-    list of layers; an int gives it back its own behaviour.
+    The tower's class becomes a subclass with the same name. The tower's ``select_layer`` becomes the list of layers; an
+    int there restores the old behaviour.
 
     Args:
-        tower: has `vision_tower`, a ViT of transformers, and a `forward` that calls ``self.vision_tower(…)`` and reads
-            ``hidden_states[self.select_layer]`` or ``hidden_states[-1]`` of the answer.
+        tower: its `vision_tower` is a ViT of transformers. Its `forward` calls ``self.vision_tower(…)`` and reads
+            ``hidden_states[self.select_layer]`` or ``hidden_states[-1]`` of the output.
         layers: ascending, non-negative `hidden_states` indices.
     """
     tower.select_layer = list(layers)
@@ -37,17 +37,16 @@ def return_layers(tower: Any, layers: Sequence[int]) -> None:
 
 
 def capture_layers(model: Any, pixel_values: torch.Tensor, layers: Sequence[int], select_feature: str) -> torch.Tensor:
-    """Run a vision model up to the deepest of these layers, without a tower of LLaVA around it.
+    """Run a vision model, without LLaVA's tower around it, up to the deepest of these layers.
 
     Args:
-        model: transformers' `CLIPVisionModel`, or another whose ``config.model_type`` has a row in `TOWERS`.
+        model: a vision model of transformers whose ``config.model_type`` has a row in `TOWERS`.
         pixel_values: [B, 3, image_size, image_size] in the model's dtype and device.
         layers: ascending, non-negative `hidden_states` indices; 0 is the embedding output.
         select_feature: ``patch`` or ``cls_patch``.
 
     Returns:
-        [B, N, L*C]: the maps side by side on the channel axis, in the order of `layers`, equal to the model's own
-        ``hidden_states`` bit for bit.
+        [B, N, L*C]: the maps side by side, in the order of `layers`, bit-equal to the model's ``hidden_states``.
     """
     has_cls = TOWERS[str(kind_of(model.config.model_type))].has_cls
     _, states = _run(model, layers, (pixel_values,), {})
@@ -79,7 +78,7 @@ def _unpickled(kind: Any) -> nn.Module:
 
 
 def _once_per_layer(forward: Callable[[], Any]) -> Callable:
-    """The host's `forward`, as it is when it is called, run for every layer; its ``__wrapped__`` likewise."""
+    """A `forward` that runs the host's present `forward` once per layer; its ``__wrapped__`` does the same."""
 
     def call(self, *args, **kwargs):
         layers = self.select_layer
@@ -106,14 +105,14 @@ def _once_per_layer(forward: Callable[[], Any]) -> Callable:
 
 
 class _Proxy:
-    """Another object, but for the attributes of this class. `super()` and `isinstance` take it for that object."""
+    """Stands for another object, except for the attributes of this class; `super()` and `isinstance` see the object."""
 
     _original: Any = None
 
     def __init__(self, original: Any):
         object.__setattr__(self, "_original", original)
 
-    @property  # type: ignore[misc]  # of `object` it can be set, too
+    @property  # type: ignore[misc]  # mypy: `object` has a setter, too
     def __class__(self) -> type:
         return type(self._original)
 
@@ -125,9 +124,9 @@ class _Proxy:
 
 
 class _View(_Proxy):
-    """What a tower's own methods see as `self` in the pass of one layer.
+    """The `self` of a tower's methods in the pass of one layer.
 
-    Nothing of the tower changes meanwhile, because several threads may run it.
+    The tower itself does not change, because several threads may run it.
     """
 
     vision_tower: Any = None
@@ -145,12 +144,9 @@ class _View(_Proxy):
 
 
 class _Answering(_Proxy):
-    """The ViT as a tower's own `forward` sees it in the pass of one layer: it runs in the first pass.
+    """The ViT that a tower's `forward` calls in the pass of one layer.
 
-    Args:
-        tower: of LLaVA.
-        layer: of this pass.
-        runs: what the first pass fills, and later passes go through again.
+    The first pass runs the ViT and appends to `runs`. Later passes read `runs`.
     """
 
     def __init__(self, tower: Any, layer: int, runs: List[Any]):
@@ -172,10 +168,10 @@ class _Answering(_Proxy):
 def _run(
     vit: Any, layers: Sequence[int], args: Tuple[Any, ...], kwargs: Mapping[str, Any]
 ) -> Tuple[Any, Mapping[int, torch.Tensor]]:
-    """Call a ViT once. Returns its own output, and index to hidden state of at least these layers.
+    """Call a ViT once. Returns its output and a dict from index to hidden state, with at least these layers.
 
-    Blocks behind the deepest layer do not run, unless somebody asks for what they compute: by further outputs, or by a
-    hook on the ViT or its encoder. Where no graph is recorded, only these layers are kept.
+    Blocks behind the deepest layer run only where their result is needed: for further outputs, or for a hook on the ViT
+    or its encoder. Without a recorded graph, only these layers are kept.
     """
     vision = getattr(vit, "vision_model", vit)  # flat since transformers 5
     encoder, graph = vision.encoder, is_recorded() or is_compiling()
@@ -208,15 +204,15 @@ def _has_graph(vit: nn.Module, args: Sequence[Any]) -> bool:
 
 
 def _has_hooks(module: nn.Module) -> bool:
-    """Whether somebody listens to a module, apart from us and from DeepSpeed, which gathers its weights so."""
+    """Whether a module has hooks other than ours and DeepSpeed's, which gather weights."""
     hooks = itertools.chain(module._forward_hooks.values(), module._forward_pre_hooks.values())
     return any(not str(getattr(hook, "__module__", "")).startswith(("deepspeed.", __name__)) for hook in hooks)
 
 
 class _State(threading.local):
-    """Of the ViT that runs in this thread."""
+    """State of the ViT that runs in this thread."""
 
-    depth: Optional[int] = None  # after how many blocks `encoder.layers` ends; None is after all
+    depth: Optional[int] = None  # number of blocks that run; None means all
     kept: Optional["_Kept"] = None
 
 
@@ -224,17 +220,17 @@ _state = _State()
 
 
 class _Blocks(nn.ModuleList):
-    """``encoder.layers``, which ends at the deepest fused block while a tower with a fuser runs."""
+    """``encoder.layers``; while a tower with a fuser runs, it ends at the deepest fused block."""
 
     def __iter__(self):
         return itertools.islice(super().__iter__(), None if is_compiling() else _state.depth)
 
 
 class _Kept:
-    """Hidden states of one run, written side by side into one tensor; a concatenation at the end would hold all twice.
+    """Hidden states of one run, written side by side into one tensor. A concatenation would need twice the memory.
 
     Args:
-        blocks: of the ViT.
+        blocks: all blocks of the ViT.
         layers: ascending indices to keep.
     """
 
@@ -251,7 +247,7 @@ class _Kept:
     def write(self, place: int, hidden: torch.Tensor) -> None:
         """Copy one hidden state [B, N, C] to its place."""
         if self.out is None:
-            # In memory as the ViT has its maps: [B, N, C], or [B, C, N] where a convolution made them.
+            # The same memory order as the ViT's: [B, N, C], or [B, C, N] after a convolution.
             self.dim = 2 if hidden.stride(2) == 1 else 1
             shape = list(hidden.shape if self.dim == 2 else hidden.transpose(1, 2).shape)
             self.out = hidden.new_empty(shape[: self.dim] + [len(self.layers)] + shape[self.dim :])
@@ -277,7 +273,7 @@ def _keep_output(block: nn.Module, args: Tuple[Any, ...], output: Any) -> None:
 
 
 def _ending_at(layer: int, output: Any, states: Mapping[int, torch.Tensor], tower: str) -> Any:
-    """The output of a ViT as if it ended at this layer; what was not computed or kept says so when it is read."""
+    """The output of a ViT as if it ended at this layer. Reading a part that was not computed raises an error."""
 
     def absent(name: str) -> "_Absent":
         return _Absent(f"{tower} reads {name} of its ViT")
@@ -305,10 +301,10 @@ class _Absent:
 
 
 def _side_by_side(maps: Sequence[Any], method: str = "the vision tower") -> torch.Tensor:
-    """Maps [B, N, C] as one [B, N, L*C]: a view where they already lie so in memory, else a concatenation.
+    """Maps [B, N, C] as one [B, N, L*C]: a view where memory allows it, else a concatenation.
 
     Raises:
-        ValueError: something else than maps of one shape.
+        ValueError: these are not maps of one shape.
     """
     first = maps[0]
     if not all(torch.is_tensor(one) and one.dim() == 3 and one.shape == first.shape for one in maps):

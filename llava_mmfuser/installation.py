@@ -1,4 +1,4 @@
-"""`status`: what is installed, what of LLaVA is patched and what will run. It answers whatever is broken."""
+"""`status`: what is installed, what is patched and what will run. It answers whatever is broken."""
 
 import contextlib
 import importlib
@@ -6,34 +6,26 @@ import re
 import sys
 import textwrap
 import types
-from importlib import util
+from importlib import metadata, util
 from typing import Any, Dict, Optional, Tuple
 
 from .patching import applied, folder_of
 
-_BROKEN = (Exception, SystemExit)  # what a module may raise while it is imported
+_BROKEN = (Exception, SystemExit)  # all that an import may raise
 _DISTRIBUTIONS = ("llava_mmfuser", "llava", "llava-torch", "torch", "transformers", "deepspeed", "flash-attn", "triton")
 
 
 def status() -> Dict[str, Any]:
-    """What is installed and patched. Imports LLaVA; raises nothing, and what a host prints goes to stderr.
+    """What is installed and patched. Imports LLaVA and raises nothing; what LLaVA prints goes to stderr.
 
     Returns:
-        ``active`` (bool: all that this LLaVA has is patched), ``reason`` (why not, or None), ``parts`` (purpose to why
-        it is not patched, or None), ``llava`` (its folder, or None), ``versions`` (package to version or None),
-        ``targets`` (list of target, state, detail), ``reasons`` (target to why it is there, and until when),
+        ``active`` (bool: every part that this LLaVA has is patched), ``reason`` (why not, or None), ``parts`` (purpose
+        to why it is not patched, or None), ``llava`` (its folder, or None), ``versions`` (package to version or None),
+        ``targets`` (list of target, state, detail), ``reasons`` (target to why it is patched, and until when),
         ``implementations`` (device to name).
     """
-    found: Dict[str, Any] = {
-        "active": False,
-        "reason": None,
-        "parts": {},
-        "llava": None,
-        "versions": {name: _version_of(name) for name in _DISTRIBUTIONS},
-        "targets": [],
-        "reasons": {},
-        "implementations": {},
-    }
+    found: Dict[str, Any] = {"active": False, "reason": None, "llava": None, "parts": {}, "implementations": {}}
+    found.update(targets=[], reasons={}, versions={name: _version_of(name) for name in _DISTRIBUTIONS})
     with contextlib.redirect_stdout(sys.stderr):
         try:
             from . import llava_patch
@@ -49,11 +41,11 @@ def status() -> Dict[str, Any]:
             if module != llava_patch.NATIVE and (not absent or module == llava_patch.ESSENTIAL):
                 found["reason"] = found["reason"] or reason
             for row in rows:
-                host, target = module.split(".")[0], row.target.split(":")[0]
-                # Not tried once more: a second import fails for other reasons than the first.
-                skip = reason is not None and target.split(".")[0] == host and target not in sys.modules
+                target = row.target.split(":")[0]
+                # A failed import is not tried again: the second one fails for other reasons.
+                skip = reason is not None and target.split(".")[0] == module.split(".")[0] and target not in sys.modules
                 state, detail = ("missing", str(reason)) if skip else llava_patch.state_of(module, row)
-                if (skip and row.host is not None) or (module == llava_patch.NATIVE and _too_old(module)):
+                if (skip and row.host is not None) or _too_old(module):
                     state = "absent"
                 found["targets"].append((row.target, state, detail))
                 found["reasons"][row.target] = f"{row.reason}; until {row.until}"
@@ -68,13 +60,12 @@ def status() -> Dict[str, Any]:
 
 
 def _too_old(module: str) -> Optional[str]:
-    """Why transformers' own LLaVA cannot have a fuser in this version, or None."""
+    """Why a module is too old for a fuser, or None; only transformers' own LLaVA can be."""
     from . import llava_patch
 
     version = str(_version_of("transformers"))
-    if module != llava_patch.NATIVE or applied.get(module) is None:
-        return None
-    if [int(number) for number in re.findall(r"\d+", version)[:2]] >= [4, 57]:
+    new = [int(number) for number in re.findall(r"\d+", version)[:2]] >= [4, 57]
+    if new or module != llava_patch.NATIVE or applied.get(module) is None:
         return None
     return f"they need transformers 4.57 or newer, and this is {version}"
 
@@ -86,7 +77,7 @@ def explain(error: BaseException) -> str:
 
 
 def _import(module: str) -> Tuple[Any, bool]:
-    """Why a module cannot be imported, or None; and whether its package merely does not have it."""
+    """Why a module cannot be imported, or None; and whether its package simply lacks it."""
     try:
         importlib.import_module(module)
     except _BROKEN as error:
@@ -99,7 +90,7 @@ def _import(module: str) -> Tuple[Any, bool]:
 
 
 def _swallowed(module: str) -> Optional[BaseException]:
-    """What LLaVA's ``except: pass`` hid, found by importing parts of it without the package's own `__init__`."""
+    """The error that LLaVA's ``except: pass`` hid: imports the parts without the `__init__` of the package."""
     from . import llava_patch
 
     host = module.split(".")[0]
@@ -123,8 +114,6 @@ def _swallowed(module: str) -> Optional[BaseException]:
 
 
 def _version_of(distribution: str) -> Any:
-    from importlib import metadata
-
     try:
         return metadata.version(distribution)
     except metadata.PackageNotFoundError:

@@ -1,4 +1,4 @@
-"""Which `hidden_states` of a vision tower are fused: every spelling, the named sets, one tower's indices."""
+"""The `hidden_states` that are fused: reads every spelling and every named set, gives the indices in one tower."""
 
 import contextlib
 import re
@@ -12,14 +12,13 @@ SPELLINGS = '-2, 3,8,13,18,23, =-22,-17,-12,-7,-2, "3 8 13 18 23", [3,8,13,18,23
 
 
 class Layers(tuple):
-    """Indices of `hidden_states`, shallow first, the query last, negative ones from the end; or a set below a query.
+    """Indices of `hidden_states`, shallow first, the query last; or the query alone and the name of a set below it.
 
-    Index 0 is the embedding output, i the output of block i.
+    Index 0 is the embedding output, i the output of block i. Negative indices count from the end.
 
     Attributes:
-        name: None, or one of `LAYER_SETS`, of which only the query is in the tuple; ``uniform`` where only a query was
-            given.
-        setting: where they were given, for error messages.
+        name: one of `LAYER_SETS`, or None for listed layers. A query without a name gets ``uniform``.
+        setting: the flag that gave the layers, for error messages.
     """
 
     name: Optional[str]
@@ -32,50 +31,39 @@ class Layers(tuple):
 
     @classmethod
     def parse(cls, value: Any, setting: str = "mm_vision_select_layer") -> "Layers":
-        """Read one index, the query, or a list of all, in every spelling that people use.
-
-        Args:
-            value: an int; a list or tuple of ints; or a string such as ``-2``, ``3,8,13,18,23``,
-                ``=-22,-17,-12,-7,-2``, ``"3 8 13 18 23"``, ``[3,8,13,18,23]`` or the authors'
-                ``list-22/-17/-12/-7/-2``.
-            setting: where it was given.
+        """Read the query alone (an int or its text), or all layers (ints or their text in one of `SPELLINGS`).
 
         Raises:
-            ValueError: the value cannot be read as layers, or names fewer than two of them in a list.
+            ValueError: the value cannot be read as layers, or is a list of fewer than two.
         """
         if isinstance(value, cls):
             return value
-        if isinstance(value, int) and not isinstance(value, bool):
-            return cls((value,), "uniform", setting)
+        items, alone = value, False
         if isinstance(value, str):
             text = value.strip().lstrip("=").strip()
-            is_list = text.startswith(("list", "["))
+            alone = not text.startswith(("list", "["))
             text = text[len("list") :] if text.startswith("list") else text.strip("[]()")
-            items = [item for item in re.split(r"[,/\s]+", text.strip()) if item]
-            if not items or not all(re.fullmatch(r"[+-]?\d{1,9}", item) for item in items):
-                raise ValueError(f"{setting}={value!r} is not a list of layers; write it as {SPELLINGS}")
-            layers = cls(map(int, items), setting=setting)
-            if len(layers) == 1 and not is_list:
-                return cls(layers, "uniform", setting)
-        elif isinstance(value, (list, tuple)) and all(isinstance(i, int) and not isinstance(i, bool) for i in value):
-            layers = cls(value, setting=setting)
-        else:
+            found = [item for item in re.split(r"[,/\s]+", text.strip()) if item]
+            items = [int(item) if re.fullmatch(r"[+-]?\d{1,9}", item) else None for item in found] or None
+        elif isinstance(value, int):
+            items, alone = [value], True
+        if not isinstance(items, (list, tuple)) or any(not isinstance(i, int) or isinstance(i, bool) for i in items):
             raise ValueError(f"{setting}={value!r} is not a list of layers; write it as {SPELLINGS}")
-        if len(layers) < 2:
+        if alone and len(items) == 1:
+            return cls(items, "uniform", setting)
+        if len(items) < 2:
             raise ValueError(
-                f"{setting}={layers} names {len(layers)} layer(s), but a fuser needs at least 2, the query last; "
+                f"{setting}={cls(items)} names {len(items)} layer(s), but a fuser needs at least 2, the query last; "
                 f"give the query alone as an int (-2) for the uniform default, or all layers, such as 3,8,13,18,23"
             )
-        return layers
+        return cls(items, setting=setting)
 
     @classmethod
     def parse_listed(cls, value: Any, query: Any = None, setting: str = "mm_fuser_layers") -> "Layers":
-        """As `parse`, for ``mm_fuser_layers``: all layers, or one of `LAYER_SETS` below the query.
+        """As `parse`, for ``mm_fuser_layers``: all layers, or the name of a set below the query.
 
         Args:
-            value: a list in any spelling, or the name of a set.
             query: ``mm_vision_select_layer``; None means LLaVA-1.5's -2.
-            setting: where it was given.
         """
         name = value.strip().lower() if isinstance(value, str) else None
         if name in LAYER_SETS:
@@ -106,12 +94,12 @@ class Layers(tuple):
 
     @property
     def select_layer(self) -> Union[int, Tuple[int, ...]]:
-        """As LLaVA's ``mm_vision_select_layer``: the query alone, or all."""
+        """For LLaVA's ``mm_vision_select_layer``: the query of a named set, else all layers."""
         return self[-1] if self.name else tuple(self)
 
     @property
     def num_layers(self) -> int:
-        """How many there are; of ``all`` below a query that counts from the end only the tower could tell."""
+        """Number of layers. Only a tower can tell it for ``all`` below a negative query."""
         if self.name == "all" and self[-1] < 0:
             raise ValueError(
                 f"mm_fuser_layers={self} below mm_vision_select_layer={self[-1]} has to be resolved for a vision "
@@ -120,17 +108,17 @@ class Layers(tuple):
         return self[-1] + 1 if self.name == "all" else NUM_UNIFORM_LAYERS if self.name else len(self)
 
     def resolve(self, num_hidden_layers: int, num_deleted: int = 0) -> "Layers":
-        """All layers as non-negative, ascending indices of one tower.
+        """All layers as non-negative, ascending indices in one tower.
 
-        A query alone gets the uniform set below it: ViT-L's 23 gives 3, 8, 13, 18, 23 (paper, section 4.1).
+        The uniform set below ViT-L's 23 is 3, 8, 13, 18, 23 (paper, section 4.1).
 
         Args:
-            num_hidden_layers: number of blocks of the whole tower; valid indices are -(n+1) … n.
-            num_deleted: how many of them, at the end, LLaVA deletes.
+            num_hidden_layers: number of blocks n in the whole tower; valid indices are -(n+1) … n.
+            num_deleted: number of last blocks that LLaVA deletes.
 
         Raises:
-            ValueError: an index out of range or behind a deleted block, duplicates, an order that is not shallow to
-                deep, or a query so shallow that the set does not fit below it.
+            ValueError: a layer does not exist, is deleted, appears twice or is out of order; or the set does not fit
+                below the query.
         """
         size = num_hidden_layers + 1
         for index in self:
@@ -149,22 +137,20 @@ class Layers(tuple):
         resolved = [index % size for index in self]
         if self.name is None:
             self.check_order(resolved)
-        else:
-            query = resolved[0]
-            resolved = self._of_set(query)
-            if resolved[0] < 0 or len(resolved) < 2 or resolved != sorted(set(resolved)):
-                raise ValueError(
-                    f"{self.setting}={self}: there is no {self.name} set of layers below hidden_states[{query}]; "
-                    f"name the layers yourself, for example {self.setting}=0,{max(query, 1)}"
-                )
+            return Layers(resolved, setting=self.setting)
+        query = resolved[0]
+        resolved = self._of_set(query)
+        if resolved[0] < 0 or len(resolved) < 2 or resolved != sorted(set(resolved)):
+            raise ValueError(
+                f"{self.setting}={self}: there is no {self.name} set of layers below hidden_states[{query}]; "
+                f"name the layers yourself, for example {self.setting}=0,{max(query, 1)}"
+            )
         return Layers(resolved, setting=self.setting)
 
     def _of_set(self, query: int) -> List[int]:
-        """The set below a non-negative query, which is last; out of range or order if the query is too shallow.
+        """The set below a non-negative query, and the query. Too shallow a query gives indices out of range or order.
 
-        With n = `NUM_UNIFORM_LAYERS` - 1 maps below query q (the paper compares such sets, but does not publish all
-        indices): ``uniform`` has stride round(q / 5), ``shallow`` is 1 … n, ``deep`` q-n … q-1, ``middle`` the n in
-        the middle of 1 … q-1, and ``all`` 0 … q.
+        The paper compares such sets, but does not publish all indices.
         """
         below = NUM_UNIFORM_LAYERS - 1
         stride = round(query / NUM_UNIFORM_LAYERS)
@@ -180,11 +166,11 @@ class Layers(tuple):
         return [*(first + step * i for i in range(count)), query]
 
     def check_order(self, resolved: Optional[Iterable[int]] = None) -> None:
-        """Refuse listed layers unless they ascend; without a tower, as far as that can be known.
+        """Refuse listed layers unless they ascend.
 
         Args:
-            resolved: the same as non-negative indices of one tower; None where the tower's depth is unknown, so that
-                negative layers can be compared only with each other, and so can the others.
+            resolved: their non-negative indices in one tower. None means an unknown tower: then negative layers are
+                compared with negative ones only, and the others with the others.
         """
         kinds = [(layer < 0 if resolved is None else None) for layer in self]
         places = tuple(self if resolved is None else resolved)
@@ -203,13 +189,13 @@ class Layers(tuple):
 
 
 def is_listed(value: Any) -> bool:
-    """Whether a select layer, in any spelling that `Layers.parse` reads, is a list."""
+    """Whether a select layer is a list, in any spelling that `Layers.parse` reads."""
     with contextlib.suppress(ValueError):
         return Layers.parse(value).name is None
     return isinstance(value, (list, tuple)) or (isinstance(value, str) and value.strip().startswith(("list", "[")))
 
 
 def spell(value: Any) -> str:
-    """A setting as one would write it on the command line: 3,8,13,18,23."""
+    """A setting as on the command line: 3,8,13,18,23."""
     listed = isinstance(value, (list, tuple)) and not isinstance(value, Layers)
     return ",".join(map(str, value)) if listed else str(value)

@@ -1,7 +1,7 @@
-"""How symbols of another package are checked, replaced and put back. What is replaced: `llava_patch`.
+"""Checks, replaces and restores symbols of another package. `llava_patch` lists the symbols.
 
-A body runs only where its row's `when` says so. Everywhere else the original is called with the arguments as they came,
-so that "absent unless asked for" is a property of `replace`, whatever a host adds to its signatures.
+A replacement runs only where its row's `when` is true. Otherwise the original gets the arguments unchanged, even those
+that a later host adds. So nothing changes unless a user asks for it.
 """
 
 import functools
@@ -14,30 +14,30 @@ from typing import Any, Callable, Dict, Iterable, List, NamedTuple, Optional, Tu
 
 
 class Patch(NamedTuple):
-    """One row."""
+    """One row of the table."""
 
     target: str  # module:name, or module:class.name
-    replacement: Optional[Callable]  # called with the original first; None where the target is only relied upon
-    parameters: str  # that the target must begin with, separated by blanks; of several versions by |
+    replacement: Optional[Callable]  # its first argument is the original; None means the target is only relied upon
+    parameters: str  # the target's first parameters, separated by blanks; | separates versions
     reason: str
-    until: str  # what upstream would have to have for the row to go
-    when: Optional[Callable[..., bool]] = None  # of the call's arguments: whether the body runs; None is always
-    host: Optional[str] = None  # the LLaVA that has it; another one is patched without the rows of this host
+    until: str  # the change upstream that makes the row needless
+    when: Optional[Callable[..., bool]] = None  # of the call's arguments: whether the replacement runs; None: always
+    host: Optional[str] = None  # the only LLaVA with this target; other hosts are patched without the row
 
 
-EXPORTED = "exported folders"  # what transformers' own LLaVA is patched for
+EXPORTED = "exported folders"  # the purpose of patching transformers' own LLaVA
 HOOK_OFF = "the hook is off; call llava_mmfuser.activate()"
-# Module of a host -> None, or why its rows were not applied; kept by `apply` of the table that has them.
+# Module of a host -> None, or why its rows were not applied. Written by `llava_patch.apply`.
 applied: Dict[str, Optional[str]] = {}
 _originals: Dict[str, Any] = {}
-# target -> where `replace` wrote its stand-in; a module may have been imported anew since
+# target -> where `replace` wrote its stand-in, because a module may be imported again later
 _places: Dict[str, List[Tuple[Any, str]]] = {}
 
 
 def check_row(row: Patch) -> Tuple[str, str]:
-    """State of a row's target, and what was expected and found. Imports it.
+    """State of a row's target, and a detail for the user. Imports the target's module.
 
-    The state is ``ok``, ``absent`` (another LLaVA has it), ``missing`` or ``changed``.
+    The state is ``ok``, ``absent`` (only another LLaVA has the target), ``missing`` or ``changed``.
     """
     try:
         owner, name = _owner(row.target)
@@ -46,7 +46,7 @@ def check_row(row: Patch) -> Tuple[str, str]:
         if row.host is not None and getattr(error, "name", None) == row.target.partition(":")[0]:
             return "absent", f"{row.host} has it"
         return "missing", f"not found ({error})"
-    except (Exception, SystemExit) as error:  # of the code of a module that is being imported
+    except (Exception, SystemExit) as error:  # the module's code may raise anything
         return "missing", f"cannot be imported ({type(error).__name__}: {' '.join(str(error).split())})"
     try:
         parameters = tuple(inspect.signature(getattr(found, "__func__", found)).parameters)
@@ -64,10 +64,9 @@ def check_row(row: Patch) -> Tuple[str, str]:
 
 
 def stand_in(original: Callable, call: Callable) -> Callable:
-    """A function that runs ``call(*args, **kwargs)`` and answers as `original` does to whoever looks at it.
+    """A function that runs ``call(*args, **kwargs)`` and looks like `original`.
 
-    Name, signature, source, annotations, attributes and pickling by name are those of `original`; ``__wrapped__`` is
-    there only where `original` has one, and is the same.
+    Name, signature, source, annotations, attributes, pickling by name and ``__wrapped__`` are those of `original`.
     """
     function: Any = lambda *args, **kwargs: call(*args, **kwargs)  # noqa: E731  (one line: a traceback shows the original's)
     if inspect.isfunction(original):
@@ -85,10 +84,8 @@ def stand_in(original: Callable, call: Callable) -> Callable:
 def replace(target: str, replacement: Callable, when: Optional[Callable[..., bool]] = None) -> None:
     """Make `target` call ``replacement(original, …)`` where ``when(…)`` is true, else the original.
 
-    The original is bound to the class where it is a class method.
-
-    A function that the target's module has imported is replaced in its own module, too, where pickling looks for it,
-    and stays one object under all its names.
+    The replacement gets a class method bound to its class. A function that the target's module imported from elsewhere
+    is replaced in its home module, too: pickling looks for it there.
     """
     owner, name = _owner(target)
     original = inspect.getattr_static(owner, name)
@@ -121,7 +118,7 @@ def _stand_in(original: Callable, replacement: Callable, when: Optional[Callable
 
 
 def restore(targets: Optional[Iterable[str]] = None) -> None:
-    """Put the originals of these targets back, or all."""
+    """Put back the originals of these targets, or all originals."""
     for target in list(_originals if targets is None else targets):
         if target in _originals:
             original = _originals.pop(target)
@@ -130,12 +127,12 @@ def restore(targets: Optional[Iterable[str]] = None) -> None:
 
 
 def is_replaced(path: str) -> bool:
-    """Whether the function at this path in its module, such as ``Class.name``, is replaced in any."""
+    """Whether a function with this path in its module, such as ``Class.name``, is replaced."""
     return any(target.partition(":")[2] == path for target in _originals)
 
 
 def folder_of(module: str) -> Optional[str]:
-    """Folder of the top-level package of a module, or None where it is not imported."""
+    """Folder of a module's top-level package, or None if that is not imported."""
     package = sys.modules.get(module.partition(".")[0])
     file = getattr(package, "__file__", None)
     return os.path.dirname(file) if file else next(iter(getattr(package, "__path__", ())), None)

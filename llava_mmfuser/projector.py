@@ -1,4 +1,4 @@
-"""MMFuserProjector: the fuser in front of LLaVA's own projector, which keeps its parameter names."""
+"""MMFuserProjector: the fuser in front of LLaVA's projector, whose parameters keep their names."""
 
 import logging
 import math
@@ -20,20 +20,20 @@ logger = logging.getLogger("llava_mmfuser")
 class MMFuserProjector(Resettable, nn.Module):
     """``projector(fuser(layers))``, drop-in for LLaVA's ``mm_projector``.
 
-    The projector's children and direct parameters are adopted under their own names (``0``, ``2``, or ``weight`` and
-    ``bias`` for ``linear``), so that released checkpoints and adapters load by name; the block is ``fuser``. Adopting
-    moves the objects: their dtype, device, quantisation and ZeRO partitioning stay.
+    The projector's children and parameters become ours under the same names: ``0`` and ``2`` of an MLP, ``weight`` and
+    ``bias`` of ``linear``. So released checkpoints and adapters load by name. The objects are moved, not copied: dtype,
+    device, quantisation and ZeRO partitioning stay. The block is called ``fuser``.
 
-    What others read from LLaVA's own is there: items, length and iteration of an MLP (``projector[0].weight.dtype``),
-    ``weight``, ``bias``, ``in_features`` and ``out_features`` of ``linear``; none of them includes the block, so
-    in_features is C. It is no `nn.Sequential`, whose items, run in turn, would be all of it.
+    Other code can read this as LLaVA's projector: items, length and iteration of an MLP
+    (``projector[0].weight.dtype``), or ``weight``, ``bias``, ``in_features`` and ``out_features`` of ``linear``. These
+    leave out the fuser, so in_features is C. This is no `nn.Sequential`: running its items would skip the fuser.
 
     Args:
         fuser: `MMFuser` or one of its rivals.
-        projector: what LLaVA's `build_vision_projector` returns for ``linear`` or ``mlpNx_gelu``.
+        projector: built by LLaVA's `build_vision_projector` for ``linear`` or ``mlpNx_gelu``.
     """
 
-    weight: nn.Parameter  # this and bias are there where the projector is ``linear``
+    weight: nn.Parameter  # ``linear`` alone has weight and bias
     bias: nn.Parameter
 
     def __init__(self, fuser: Fusion, projector: nn.Module):
@@ -45,20 +45,20 @@ class MMFuserProjector(Resettable, nn.Module):
         if isinstance(projector, nn.Linear):
             self.in_features, self.out_features = projector.in_features, projector.out_features
         self.fuser = fuser
-        self.num_loaded: Optional[int] = None  # fuser tensors in the last state dict that had any of this projector's
-        self.missing: List[str] = []  # fuser tensors that the checkpoint lacked from which this was loaded
-        self.lr: Optional[float] = None  # of the fuser; None takes that of the projector
-        self.gate_lr: Union[None, float, str] = None  # of what opens it; see `hooks.optimizer`
+        self.num_loaded: Optional[int] = None  # number of fuser tensors in the last state dict for this projector
+        self.missing: List[str] = []  # fuser tensors that the loaded checkpoint lacked
+        self.lr: Optional[float] = None  # the fuser's learning rate; None means the projector's
+        self.gate_lr: Union[None, float, str] = None  # that of what opens it; see `hooks.optimizer`
         self.log_gates = True  # whether the Trainer logs the fuser's gates
-        self._in_model = False  # whether that was a whole model's
-        self._problems: Optional[str] = None  # what that state dict lacked or had too much
+        self._in_model = False  # whether the last state dict was a whole model's
+        self._problems: Optional[str] = None  # missing and unexpected tensors of the last state dict
         self.register_load_state_dict_post_hook(self._after_load_state_dict)
 
     @classmethod
     def build(cls, settings: MMFuserConfig, hidden_size: int, projector: nn.Module) -> "MMFuserProjector":
         """Put a fresh fuser for feature maps of width hidden_size in front of a projector.
 
-        What is drawn at random afterwards is the same as without the fuser.
+        Later random numbers are the same as without the fuser.
         """
         first = next(module for module in projector.modules() if isinstance(module, nn.Linear))
         with own_random_state():
@@ -66,17 +66,18 @@ class MMFuserProjector(Resettable, nn.Module):
         return cls(fuser, projector)
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
-        """Fuse and project what the patched vision tower returns.
+        """Fuse and project the output of the patched vision tower.
 
         Args:
-            features: [B, N, L*C], or [B, 1+N, L*C] with CLS first (``cls_patch``); N a square. The query layer's CLS
+            features: [B, N, L*C], or [B, 1+N, L*C] with CLS first (``cls_patch``); N is a square. The query layer's CLS
                 passes the fuser unchanged.
 
         Returns:
-            [B, N, D] or [B, 1+N, D], D the width of the language model; `block.rivals.TokenConcat` makes L*N of N.
+            [B, N, D] or [B, 1+N, D]; D is the width of the language model. `block.rivals.TokenConcat` returns L*N
+            tokens for N.
 
         Raises:
-            ValueError: a channel count that is not L*C, or a token count that is neither a square nor one more.
+            ValueError: the channel count is not L*C, or the token count is neither a square nor a square plus one.
         """
         adopted: List[Callable[[torch.Tensor], torch.Tensor]] = [*self._adopted().values()]
         first, *others = adopted or [lambda x: F.linear(x, self.weight, self.bias)]
@@ -103,11 +104,11 @@ class MMFuserProjector(Resettable, nn.Module):
     def __iter__(self) -> Iterator[nn.Module]:
         return iter(self._items())
 
-    def __bool__(self) -> bool:  # else it had to have a length
+    def __bool__(self) -> bool:  # else truth would ask for a length, which linear lacks
         return True
 
     def shapes(self) -> Shapes:
-        """Names and shapes of all parameters, also where ZeRO-3 has partitioned them."""
+        """Names and whole shapes of all parameters, even if ZeRO-3 has partitioned them."""
         return {name: tuple(getattr(value, "ds_shape", value.shape)) for name, value in self.named_parameters()}
 
     @torch.no_grad()
@@ -123,16 +124,16 @@ class MMFuserProjector(Resettable, nn.Module):
         shapes = {key[len(prefix) :]: tuple(value.shape) for key, value in state_dict.items() if key.startswith(prefix)}
         fuser = {"fuser." + name for name, _ in self.fuser.named_parameters()}
         self.num_loaded = len(fuser & shapes.keys()) if shapes and fuser else None
-        self._in_model = prefix != ""  # whoever loads the projector alone reports it
+        self._in_model = prefix != ""  # code that loads the projector alone reports it itself
         # A shard of a whole model may hold any part of the projector; an adapter must hold all of it.
         whole = prefix == "" or (shapes and all(MARK in key for key in state_dict))
-        whole = whole and not any(hasattr(value, "ds_id") for value in self.parameters())  # loaded by DeepSpeed itself
+        whole = whole and not any(hasattr(value, "ds_id") for value in self.parameters())  # DeepSpeed loads them itself
         self._problems = compare(shapes, self.shapes()) if whole else None
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     @staticmethod
     def _after_load_state_dict(self, incompatible_keys) -> None:
-        """A projector's state dict without a fuser is LLaVA's own: the MLP is loaded and the fuser stays as it is."""
+        """Accept a state dict without a fuser: LLaVA's own loads the MLP and leaves the fuser unchanged."""
         total = sum(1 for _ in self.fuser.parameters())
         if self._problems:
             # with strict=True, PyTorch's own error follows

@@ -1,7 +1,7 @@
-"""Vision towers, one row per kind (`TOWERS`): what their config says, and which of them a fuser can read.
+"""The kinds of vision towers (`TOWERS`), their configs, and checks that a fuser can read them.
 
-Layers are indices of the `hidden_states` of the whole model, also where LLaVA's
-tower deletes its last blocks: -2 is the map that LLaVA takes by default, of a SigLIP tower as of a CLIP tower.
+Layers are indices of the whole model's `hidden_states`, even where LLaVA deletes the last blocks. So LLaVA's default
+map is -2 of a CLIP tower and of a SigLIP tower.
 """
 
 import os
@@ -17,16 +17,16 @@ SELECT_FEATURES = ("patch", "cls_patch")
 
 
 class Tower(NamedTuple):
-    """A row: one kind of vision tower."""
+    """One kind of vision tower."""
 
-    model_types: Tuple[str, ...]  # in its config.json: of a whole model and of its vision part
-    prefix: str  # of the names of transformers' classes
-    on_hub: str  # expression that matches the names which LLaVA looks for on the hub
+    model_types: Tuple[str, ...]  # model_type in config.json, of the whole model and of its vision part
+    prefix: str  # of the class names in transformers
+    on_hub: str  # regular expression of the names that LLaVA looks for on the hub
     has_cls: bool
-    num_deleted: int  # blocks at the end that LLaVA's tower deletes
+    num_deleted: int  # number of last blocks that LLaVA deletes
 
     def transformers_class(self, ending: str) -> Any:
-        """Such as `CLIPVisionModel` for VisionModel."""
+        """A class of transformers: for CLIP, VisionModel gives `CLIPVisionModel`."""
         import transformers
 
         return getattr(transformers, self.prefix + ending)
@@ -39,24 +39,24 @@ TOWERS: Dict[str, Tower] = {
 
 
 class TowerConfig(NamedTuple):
-    """What the settings of a fuser ask of a vision tower."""
+    """The properties of a vision tower that a fuser depends on."""
 
     kind: str  # a key of `TOWERS`
     hidden_size: int
-    num_hidden_layers: int  # blocks of the whole model
-    num_deleted: int  # of them, at the end, that LLaVA's tower deletes
+    num_hidden_layers: int  # number of blocks in the whole model
+    num_deleted: int  # number of last blocks that LLaVA deletes
 
 
 def kind_of(model_type: Any) -> Optional[str]:
-    """The key in `TOWERS` of a config's ``model_type``; None without a row."""
+    """The key in `TOWERS` for a ``model_type``, or None."""
     return next((kind for kind, row in TOWERS.items() if model_type in row.model_types), None)
 
 
 def tower_config(name: str, local_files_only: bool = False) -> TowerConfig:
-    """Read the config of a vision tower (folder or name on the hub); its weights are not read.
+    """Read the config of a vision tower (folder or name on the hub), not its weights.
 
     Raises:
-        ValueError: it cannot be found, or is of a kind without a row.
+        ValueError: the config cannot be read, or `TOWERS` lacks its kind.
     """
     from transformers import PretrainedConfig
 
@@ -69,7 +69,7 @@ def tower_config(name: str, local_files_only: bool = False) -> TowerConfig:
             check_count(config.hidden_size, MAX_WIDTH, f"vision_tower={name!r}: hidden_size")
             check_count(config.num_hidden_layers, MAX_LAYERS, f"vision_tower={name!r}: num_hidden_layers")
             return TowerConfig(kind, config.hidden_size, config.num_hidden_layers, row.num_deleted)
-    except (OSError, TypeError, AttributeError) as error:  # the last two of JSON that is no object
+    except (OSError, TypeError, AttributeError) as error:  # JSON that is no object raises the last two
         reason = str(error).splitlines()[0]
         raise ValueError(f"the config of the vision tower {name!r} cannot be read: {reason}") from error
     raise ValueError(
@@ -79,17 +79,17 @@ def tower_config(name: str, local_files_only: bool = False) -> TowerConfig:
 
 
 def check_features(source: Any, kind: Optional[str] = None) -> None:
-    """Refuse a tower, a config (dict or object) or `ModelArguments` with which features come that no fuser can read.
+    """Refuse settings whose features no fuser can read.
 
     Args:
-        source: has the settings.
-        kind: of the tower, a key of `TOWERS`; None where it is not known.
+        source: a tower, a config (dict or object) or `ModelArguments`.
+        kind: the tower's key in `TOWERS`; None means unknown.
 
     Raises:
-        ValueError: ``s2``; ``mm_resampler_type``; a ``mm_vision_select_feature`` other than `SELECT_FEATURES`, or that
-            the tower lacks.
+        ValueError: ``s2``, ``mm_resampler_type``, or a ``mm_vision_select_feature`` that is not in `SELECT_FEATURES` or
+            that the tower lacks.
     """
-    if read_setting(source, "s2") or hasattr(source, "forward_feature"):  # several scales side by side
+    if read_setting(source, "s2") or hasattr(source, "forward_feature"):  # S2 puts several scales side by side
         raise ValueError(f"s2=True together with mm_projector_type={PROJECTOR_TYPE} is not supported; set s2 to False")
     select_feature = read_setting(source, "mm_vision_select_feature") or SELECT_FEATURES[0]
     if select_feature not in SELECT_FEATURES:
@@ -106,11 +106,7 @@ def check_features(source: Any, kind: Optional[str] = None) -> None:
 
 
 def check_name(name: str, kind: str) -> None:
-    """Refuse a tower that LLaVA would read as one of another kind.
-
-    Raises:
-        ValueError: a folder, which LLaVA always takes for a CLIP tower, with another kind of tower.
-    """
+    """Raise ValueError for a folder with another tower than CLIP: LLaVA takes every folder for a CLIP tower."""
     if kind != "CLIP" and os.path.exists(name):
         raise ValueError(
             f"vision_tower={name!r} is a folder with a {kind} tower, but LLaVA takes every folder for a CLIP tower; "
@@ -120,7 +116,7 @@ def check_name(name: str, kind: str) -> None:
 
 
 def local_tower(config: Mapping[str, Any]) -> Optional[TowerConfig]:
-    """The config of a checkpoint's vision tower, or None where it is not on this machine."""
+    """The config of a checkpoint's vision tower, or None if it is not on this machine."""
     try:
         return tower_config(str(config.get("mm_vision_tower")), local_files_only=True)
     except ValueError:
@@ -128,10 +124,11 @@ def local_tower(config: Mapping[str, Any]) -> Optional[TowerConfig]:
 
 
 def check_tower_is_there(config: Mapping[str, Any]) -> None:
-    """Refuse a checkpoint whose vision tower LLaVA would neither find on this machine nor look for on the hub.
+    """Refuse a checkpoint whose vision tower LLaVA cannot find.
 
     Raises:
-        ValueError: a folder without a tower's config, or no folder and no name that `build_vision_tower` knows.
+        ValueError: ``mm_vision_tower`` is a folder without a tower's config, or neither a folder nor a name that
+            `build_vision_tower` knows.
     """
     name = str(config.get("mm_vision_tower"))
     if os.path.exists(name):
@@ -145,8 +142,9 @@ def check_tower_is_there(config: Mapping[str, Any]) -> None:
 
 
 def select_tokens(hidden_state: torch.Tensor, select_feature: str, has_cls: bool = True) -> torch.Tensor:
-    """LLaVA's ``mm_vision_select_feature``: drop CLS from [B, 1+N, C] (``patch``) or keep it (``cls_patch``). What a
-    tower without CLS returns, [B, N, C], stays as it is.
+    """Apply LLaVA's ``mm_vision_select_feature``: ``patch`` drops CLS from [B, 1+N, C], ``cls_patch`` keeps it.
+
+    Without CLS, [B, N, C] stays as it is.
 
     Raises:
         ValueError: another select_feature.

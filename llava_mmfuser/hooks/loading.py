@@ -1,4 +1,4 @@
-"""Checkpoints that LLaVA and transformers load."""
+"""Hooks in the loading of checkpoints by LLaVA and transformers."""
 
 import contextlib
 import inspect
@@ -21,9 +21,9 @@ logger = logging.getLogger("llava_mmfuser")
 
 
 def initialize_weights(original, self, module, *args, **kwargs):
-    """Parameters that a checkpoint lacked, and models made without one: the fuser's modules know their own values."""
+    """Initialize parameters without a stored value. The fuser's modules set their own."""
     if isinstance(module, Resettable) and not getattr(module, "_is_hf_initialized", False):
-        own = module.parameters(recurse=False)  # since transformers 5 each is marked, and has been read by then
+        own = module.parameters(recurse=False)  # transformers 5 has marked the loaded ones by now
         loaded = [(value, value.detach().clone()) for value in own if getattr(value, "_is_hf_initialized", False)]
         module.reset_parameters()
         for value, kept in loaded:
@@ -35,14 +35,14 @@ def initialize_weights(original, self, module, *args, **kwargs):
 
 def load_pretrained_weights(original, *args, **kwargs):
     given = dict(inspect.signature(original).bind(*args, **kwargs).arguments)
-    given.update(vars(given.pop("load_config", SimpleNamespace())))  # some of the arguments, since transformers 5
+    given.update(vars(given.pop("load_config", SimpleNamespace())))  # transformers 5 has some arguments in there
     keys = _loaded_keys(given)
     _check_weights(given, keys)
     loaded = original(*args, **kwargs)
     for projector in given["model"].modules():
         if isinstance(projector, MMFuserProjector):
-            # With low_cpu_mem_usage=True and no device_map, transformers 4.37 takes missing tensors of equal size for
-            # tied ones and leaves them on the meta device.
+            # With low_cpu_mem_usage=True and no device_map, transformers 4.37 leaves missing tensors of equal size on
+            # the meta device: it thinks that they are tied.
             materialize(projector)
             settings = MMFuserConfig.from_llava(given["model"].config)
             there = {key.rpartition(MARK)[2] for key in keys}
@@ -52,14 +52,16 @@ def load_pretrained_weights(original, *args, **kwargs):
 
 
 def _files(given: Dict[str, Any]) -> List[str]:
-    """What `_load_pretrained_model` reads, by the name of its argument before and since transformers 4.50."""
+    """The files that `_load_pretrained_model` reads; transformers 4.50 renamed the argument."""
     files = given.get("resolved_archive_file", given.get("checkpoint_files"))
     return [files] if isinstance(files, str) else files or []
 
 
 def _loaded_keys(given: Dict[str, Any]) -> List[str]:
-    """Names of the weights that `_load_pretrained_model` finds, by the index where there is one; none of a model that
-    is not LLaVA's. Since transformers 4.50 they are not among its arguments."""
+    """Names of the weights that `_load_pretrained_model` finds, from the index if there is one.
+
+    Since transformers 4.50 they are not among its arguments. Then a model other than LLaVA's gives no names.
+    """
     if "loaded_keys" in given:
         return given["loaded_keys"]
     if not hasattr(given["model"], "get_vision_tower"):
@@ -72,8 +74,10 @@ def _loaded_keys(given: Dict[str, Any]) -> List[str]:
 
 
 def _check_weights(given: Dict[str, Any], keys: List[str]) -> None:
-    """Before weights are read: they must fit, if the model or the weights have a fuser. Other models than LLaVA's may
-    leave a projector out, as they do without a fuser."""
+    """If the model or the weights have a fuser, refuse weights that do not fit, before they are read.
+
+    Models other than LLaVA's may leave out a projector, with a fuser as without.
+    """
     model, path, state = given["model"], given["pretrained_model_name_or_path"], given["state_dict"]
     config = vars(model.config)
     fused = config.get("mm_projector_type") == PROJECTOR_TYPE or has_fuser(keys)
@@ -98,12 +102,15 @@ def load_pretrained_model(original, model_path, model_base, model_name, *args, *
 
 
 def _check_checkpoint(model_path: str, model_base: Optional[str], model_name: str) -> None:
-    """Refuse what `load_pretrained_model` would load silently wrong: the authors' format, adapters that do not fit,
-    and a fuser in a folder of which it would not read it, going by the arguments and the name."""
+    """Refuse what `load_pretrained_model` would load wrong without an error.
+
+    That is the authors' format, an adapter that does not fit, and a fuser that these arguments or this name make it
+    skip.
+    """
     from transformers.utils import cached_file
 
     def find(name: str) -> Optional[str]:
-        with contextlib.suppress(OSError):  # upstream's own loading says what it misses
+        with contextlib.suppress(OSError):  # upstream's loading names the missing file
             return cached_file(model_path, name)
         return None
 
@@ -118,14 +125,14 @@ def _check_checkpoint(model_path: str, model_base: Optional[str], model_name: st
         return
     folder, file = os.path.split(adapter)
     weights = []
-    with contextlib.nullcontext() if fused else contextlib.suppress(ValueError):  # what plain LLaVA reads is its affair
+    with contextlib.nullcontext() if fused else contextlib.suppress(ValueError):  # LLaVA's own read is no concern here
         weights = read_weights(folder, file)
     if fused or has_fuser(weight.name for weight in weights):
         judge(Checkpoint(folder, config, {file: weights}, adapters=[file]), LOAD).check()
 
 
 def _check_place(path: str, base: Optional[str], name: str, config: Dict[str, Any]) -> None:
-    """Of a checkpoint with fuser: that LLaVA will read it as what it is."""
+    """Refuse a checkpoint with a fuser if LLaVA would take it for another kind of folder."""
     kind = folder_kind(path) if os.path.isdir(path) else None
     if kind is not None and kind != FULL and base is None:
         other = ", or move adapter_config.json away to load the full checkpoint beside it" if kind == MIXED else ""

@@ -1,7 +1,7 @@
-"""Transformers' own LLaVA, which reads folders that `export` wrote.
+"""Hooks in transformers' own LLaVA, which reads exported folders.
 
-A folder whose config.json says ``mm_fuser_fusion`` gets its fuser in the stock classes, too, so that programs which
-ignore the code in a folder run it.
+If config.json has ``mm_fuser_fusion``, the stock classes get the fuser. So programs that ignore a folder's code run it,
+too.
 """
 
 from typing import Any
@@ -14,7 +14,7 @@ def has_fuser(self: Any, config: Any) -> bool:
 def projector_init(original, self, config):
     from ..export.modeling_llava_mmfuser import LlavaMMFuserProjector
 
-    if type(config).__module__.startswith("transformers."):  # the stock classes do not save the code that this names
+    if type(config).__module__.startswith("transformers."):  # auto_map names code that stock classes do not save
         vars(config).pop("auto_map", None)
     self.__class__ = LlavaMMFuserProjector
     LlavaMMFuserProjector.__init__(self, config)

@@ -1,14 +1,14 @@
-"""What only LLaVA-NeXT has among the arguments of training."""
+"""Arguments of training that only LLaVA-NeXT has."""
 
 from typing import Any, List, Optional
 
 from ..config import read_setting
 
-ADAPTER_PART = "mm_mlp_adapter"  # what its mm_tunable_parts calls the projector
+ADAPTER_PART = "mm_mlp_adapter"  # name of the projector in its mm_tunable_parts
 
 
 def tunable_parts(source: Any) -> Optional[List[str]]:
-    """Its ``mm_tunable_parts``, which decide alone what is trained where they are given; None where they are not.
+    """``mm_tunable_parts``, or None. If they are given, LLaVA-NeXT trains exactly these parts.
 
     Args:
         source: `ModelArguments`, a LLaVA config or a config.json (dict).
@@ -18,13 +18,13 @@ def tunable_parts(source: Any) -> Optional[List[str]]:
 
 
 def trains_the_adapter_alone(source: Any) -> bool:
-    """Whether it saves an adapter, which it asks in the same words."""
+    """Whether LLaVA-NeXT saves an adapter alone; its own test is the same."""
     parts = tunable_parts(source) or []
     return len(parts) == 1 and any(name in parts[0] for name in (ADAPTER_PART, "mm_vision_resampler"))
 
 
 def refuse_token_concat(model_args: Any) -> None:
-    """Refuse the fusion ``token_concat`` with its ``mm_spatial_pool_mode``, a flag with a default."""
+    """Refuse the fusion ``token_concat`` in LLaVA-NeXT, where ``mm_spatial_pool_mode`` always has a value."""
     pooling = read_setting(model_args, "mm_spatial_pool_mode")
     if pooling is not None:
         raise ValueError(

@@ -1,4 +1,8 @@
-"""Checkpoints in the middle of a run that can be resumed, also in stage 1 and with LoRA."""
+"""Makes checkpoints in the middle of a run resumable, in stage 1 and with LoRA.
+
+Upstream's stage 1 saves the projector alone, without the optimizer's state. Its checkpoints with LoRA lack the other
+trained parameters, here the MLP and the fuser.
+"""
 
 import contextlib
 import functools
@@ -20,17 +24,17 @@ from .wrappers import config_of, find_projector, gathered, replaced
 
 
 def _trainables(model: nn.Module) -> Iterator[Tuple[str, nn.Parameter]]:
-    """What is trained besides LoRA, as upstream's ``non_lora_trainables.bin``."""
+    """The parameters trained besides LoRA, with the names of upstream's ``non_lora_trainables.bin``."""
     for name, value in model.named_parameters():
         if value.requires_grad and "lora_" not in name:
             yield re.sub(r"\.modules_to_save\.[^.]+", "", name), value
 
 
 def save_trainables(model: nn.Module, path: str, write: bool) -> None:
-    """Save what is trained besides LoRA; under ZeRO-3 every rank must call it.
+    """Save the parameters trained besides LoRA; under ZeRO-3 every rank must call it.
 
     Args:
-        model: as the Trainer holds it.
+        model: the Trainer's model.
         path: the file, replaced in one step.
         write: whether this rank writes.
     """
@@ -45,10 +49,10 @@ def save_trainables(model: nn.Module, path: str, write: bool) -> None:
 
 
 def load_trainables(model: nn.Module, path: str) -> None:
-    """Load what `save_trainables` saved.
+    """Load a file of `save_trainables`.
 
     Raises:
-        ValueError: no such file, an unreadable one, or one that does not hold exactly what is trained now.
+        ValueError: the file is absent or unreadable, or its tensors are not exactly those that are trained now.
     """
     state, wanted = read_tensors(path), dict(_trainables(model))
     shapes, expected = ({name: tuple(value.shape) for name, value in kind.items()} for kind in (state, wanted))
@@ -63,13 +67,11 @@ def load_trainables(model: nn.Module, path: str) -> None:
             parameter.copy_(state[name])
 
 
-# Checkpoints in the middle of a run. Upstream's cannot be resumed in stage 1 (only the projector is saved, no state of
-# the optimizer), and with LoRA they lack all that is trained besides LoRA, here the MLP and the fuser.
 ADAPTER, NON_LORA = "mm_projector.bin", "non_lora_trainables.bin"
 
 
 def _trainables_file(model: nn.Module) -> Optional[str]:
-    """The file in a checkpoint for what is trained besides LoRA; None for a full finetune or without a fuser."""
+    """Name of the file for the parameters trained besides LoRA; None for a full finetune or without a fuser."""
     if find_projector(model) is None:
         return None
     config = config_of(model)
@@ -80,22 +82,22 @@ def _trainables_file(model: nn.Module) -> Optional[str]:
 
 
 def saves_adapter(self: Any, *args: Any, **kwargs: Any) -> bool:
-    """Whether a Trainer is in stage 1, with a fuser."""
+    """Whether a Trainer trains a model with a fuser in stage 1."""
     return _trainables_file(self.model) == ADAPTER
 
 
 def saves_trainables(self: Any, *args: Any, **kwargs: Any) -> bool:
-    """Whether a Trainer is in stage 1 or trains LoRA, with a fuser."""
+    """Whether a Trainer trains a model with a fuser in stage 1 or with LoRA."""
     return _trainables_file(self.model) is not None
 
 
 def has_fuser_in(engine: Any, *args: Any, **kwargs: Any) -> bool:
-    """Whether DeepSpeed's engine holds a model with a fuser."""
+    """Whether the model in DeepSpeed's engine has a fuser."""
     return find_projector(engine.module) is not None
 
 
 def _check_same_settings(model: nn.Module, checkpoint: str) -> None:
-    """Refuse to resume a checkpoint whose fuser has other layers or settings, which its shapes may not show."""
+    """Refuse to resume a checkpoint whose fuser has other layers or settings: shapes may not show the difference."""
     config = read_config(checkpoint) or {}
     if config.get("mm_projector_type") == PROJECTOR_TYPE:
         running = config_of(model)
@@ -115,7 +117,7 @@ def save_checkpoint(original, self, model, trial, metrics=None):
 
     save = self.model_wrapped.save_checkpoint if self.is_deepspeed_enabled else None
     trained_only = functools.partial(save, exclude_frozen_parameters=True) if save else None
-    known = {} if metrics is None else {"metrics": metrics}  # transformers has no such parameter since 4.47
+    known = {} if metrics is None else {"metrics": metrics}  # transformers 4.47 dropped the parameter
     with replaced(self.model_wrapped, "save_checkpoint", trained_only) if save else contextlib.nullcontext():
         return Trainer._save_checkpoint(self, model, trial, **known)
 
@@ -146,7 +148,7 @@ def load_from_checkpoint(original, self, resume_from_checkpoint, model=None):
 
 
 def load_best_model(original, self):
-    if self.is_deepspeed_enabled:  # its own checkpoints have all that is trained
+    if self.is_deepspeed_enabled:  # DeepSpeed's checkpoints have all trained weights
         return original(self)
     file = str(_trainables_file(self.model))
     if file != ADAPTER:
@@ -160,5 +162,5 @@ def deepspeed_load_checkpoint(original, deepspeed_engine, checkpoint_path, *args
         return original(deepspeed_engine, checkpoint_path, *args, **kwargs)
     load = deepspeed_engine.load_checkpoint
     lenient = lambda *args, **kwargs: load(*args, **{**kwargs, "load_module_strict": False})  # noqa: E731
-    with replaced(deepspeed_engine, "load_checkpoint", lenient):  # frozen weights are not in it
+    with replaced(deepspeed_engine, "load_checkpoint", lenient):  # the checkpoint lacks frozen weights
         return original(deepspeed_engine, checkpoint_path, *args, **kwargs)

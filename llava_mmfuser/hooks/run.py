@@ -1,7 +1,7 @@
-"""What a run of train.py comes to: resolved from its arguments, its vision tower and the checkpoint it starts from.
+"""Resolves a training run: from its arguments, its vision tower and the checkpoint that it starts from.
 
-It is resolved when the model is built, from what the arguments say then, whatever way they came. Where they come from a
-parser, it is resolved there, too, so that what is wrong fails before a weight is read.
+This happens when the model is built. If the arguments come from a parser, it happens after parsing, too, so that
+mistakes fail before a weight is read.
 """
 
 import contextlib
@@ -28,7 +28,7 @@ HOST_CLASSES = {"CLIP": "CLIPVisionTower", "SigLIP": "SigLipVisionTower"}  # kin
 
 
 class _Last:
-    """The `TrainingArguments` that this process made last; a fresh fuser takes its seed."""
+    """The last `TrainingArguments` of this process; a fresh fuser takes their seed."""
 
     training_args: Any = None
 
@@ -39,19 +39,19 @@ def training_arguments_init(original, self):
 
 
 def seed() -> Optional[int]:
-    """The run's seed, or None where no `TrainingArguments` were made."""
+    """The run's seed, or None without `TrainingArguments`."""
     return getattr(_Last.training_args, "seed", None)
 
 
 def check_arguments(arguments: Any, listed: bool = False) -> None:
-    """Refuse settings of `ModelArguments` that can be known to be wrong before any weight is read.
+    """Refuse wrong settings of `ModelArguments` before any weight is read.
 
     Args:
-        arguments: `ModelArguments`, with the ``mm_fuser_*`` settings that were given.
-        listed: whether ``mm_vision_select_layer`` is a list that the host itself could not read.
+        arguments: `ModelArguments`, with the ``mm_fuser_*`` settings that the user gave.
+        listed: whether ``mm_vision_select_layer`` is a list, which the host itself cannot read.
 
     Raises:
-        ValueError: see `MMFuserConfig`; or fuser settings given to another ``mm_projector_type``.
+        ValueError: see `MMFuserConfig`; or another ``mm_projector_type`` got settings of the fuser.
     """
     lr = getattr(arguments, "mm_fuser_lr", None)
     if lr is not None and not 0 <= lr < float("inf"):
@@ -67,7 +67,7 @@ def check_arguments(arguments: Any, listed: bool = False) -> None:
             )
         return
     given, settings = explicit_settings(arguments), MMFuserConfig.from_llava(arguments)
-    if {"fusion", "attention"} & set(given):  # else a checkpoint may say which
+    if {"fusion", "attention"} & set(given):  # else a checkpoint may set them
         settings.refuse_useless(given)
         refuse_together(settings.fusion, arguments)
     select_layer = arguments.mm_vision_select_layer
@@ -79,25 +79,25 @@ def check_arguments(arguments: Any, listed: bool = False) -> None:
 
 
 class Run(NamedTuple):
-    """Read by every hook between the command line and the first step."""
+    """A resolved run."""
 
     settings: MMFuserConfig  # with explicit layers
     tower: TowerConfig
-    start: Mapping[str, Any]  # config.json of the checkpoint that the run starts from; empty where it is not here yet
-    adapter: Optional[Dict[str, torch.Tensor]]  # under our names
-    shapes: Optional[Shapes]  # that the adapter was compared with; None where they are not known yet
+    start: Mapping[str, Any]  # config.json of the first checkpoint; empty if it is not on this machine
+    adapter: Optional[Dict[str, torch.Tensor]]  # with our names
+    shapes: Optional[Shapes]  # the projector's shapes, checked against the adapter; None means unknown
 
 
 def resolve_run(model_args: Any, start: Mapping[str, Any]) -> Run:
-    """What the flags come to; no weight but an adapter's is read.
+    """Resolve the flags. Of all weights, only an adapter's are read.
 
     Args:
-        model_args: `ModelArguments` with ``mm_projector_type=mmfuser`` and a vision tower, there or in `start`.
+        model_args: `ModelArguments` with ``mm_projector_type=mmfuser``. They or `start` name a vision tower.
         start: config.json of the checkpoint that the run starts from.
 
     Raises:
-        ValueError: settings that the tower does not have, that are not those of the checkpoint, or that mean nothing;
-            an adapter that cannot be read or does not fit.
+        ValueError: a setting does not fit the tower, differs from the checkpoint's or has no effect; or the adapter
+            cannot be read or does not fit.
     """
     check_features(model_args)
     tower = _host_tower(start.get("mm_vision_tower") or model_args.vision_tower)
@@ -126,7 +126,7 @@ def resolve_run(model_args: Any, start: Mapping[str, Any]) -> Run:
 
 
 def refuse_together(fusion: str, model_args: Any) -> None:
-    """Raise ValueError for `ModelArguments` that do not go together with this fusion."""
+    """Raise ValueError for `ModelArguments` that do not work with this fusion."""
     for name in RATES:
         lr = getattr(model_args, name, None)
         if lr is not None and not FUSIONS[fusion].has_weights:
@@ -143,7 +143,7 @@ def refuse_together(fusion: str, model_args: Any) -> None:
 
 
 def _host_tower(name: str) -> TowerConfig:
-    """The config of a vision tower that the LLaVA which is installed can read."""
+    """The config of a vision tower; raises ValueError if the installed LLaVA cannot read the tower."""
     tower = tower_config(name)
     check_name(name, tower.kind)
     if not is_replaced(HOST_CLASSES[tower.kind] + ".__init__"):
@@ -155,15 +155,15 @@ def _host_tower(name: str) -> TowerConfig:
 
 
 def check_run(model_args: Any, training_args: Any) -> None:
-    """What can be known of a run before any weight but an adapter's is read.
+    """Check a run before any weight but an adapter's is read.
 
     Args:
         model_args: LLaVA's `ModelArguments`.
-        training_args: `TrainingArguments`; None where there are none.
+        training_args: `TrainingArguments` or None.
 
     Raises:
-        ValueError: see `resolve_run`; a checkpoint with fuser that train.py would not read as what it is; a fresh fuser
-            that would stay frozen; a checkpoint in ``output_dir`` that the run cannot resume.
+        ValueError: see `resolve_run`; or train.py would lose a checkpoint's fuser, a fresh fuser would stay frozen, or
+            ``output_dir`` has a checkpoint that the run cannot resume.
     """
     path = getattr(model_args, "model_name_or_path", None)
     start = {} if path is None else _config_at(path)
@@ -191,7 +191,7 @@ def check_run(model_args: Any, training_args: Any) -> None:
 
 
 def _check_trained(run: Run, model_args: Any, training_args: Any) -> None:
-    """Refuse to freeze a fuser that no weights come for, unless it cannot be known yet."""
+    """Refuse to freeze a fuser without trained weights. A run without a known start passes."""
     known = bool(run.start) and run.start.get("mm_projector_type") != PROJECTOR_TYPE
     brought = any(name.startswith("fuser.") for name in run.adapter or ())
     fresh = known and not brought and FUSIONS[run.settings.fusion].has_weights
@@ -209,7 +209,7 @@ def _frozen_by(model_args: Any, training_args: Any) -> Optional[str]:
 
 
 def _config_at(path: str) -> Dict[str, Any]:
-    """config.json of a folder or of a name on the hub that is in the cache; empty where there is none."""
+    """config.json of a folder, or of a name on the hub from the cache; empty if there is none."""
     from transformers.utils import cached_file
 
     with contextlib.suppress(OSError):
@@ -218,7 +218,7 @@ def _config_at(path: str) -> Dict[str, Any]:
 
 
 def _check_output_dir(model_args: Any, training_args: Any, run: Optional[Run]) -> None:
-    """Refuse a checkpoint in output_dir that this run, None without a fuser, cannot resume."""
+    """Refuse a checkpoint in output_dir that this run cannot resume; `run` is None without a fuser."""
     from transformers.trainer_utils import get_last_checkpoint
 
     folder = training_args.output_dir
@@ -228,8 +228,8 @@ def _check_output_dir(model_args: Any, training_args: Any, run: Optional[Run]) -
     fused = config is not None and config.get("mm_projector_type") == PROJECTOR_TYPE
     if (config is None and not lora) or (run is None and not fused):
         return
-    config = config or {"mm_projector_type": "one without a fuser"}  # plain LLaVA's checkpoints with LoRA have none
-    # A script of one's own may call PEFT without LLaVA's flag.
+    config = config or {"mm_projector_type": "one without a fuser"}  # LLaVA's LoRA checkpoints have none
+    # A user's script may call PEFT without LLaVA's flag.
     was = dict(mm_projector_type=config.get("mm_projector_type"), lora_enable=lora)
     now = dict(mm_projector_type=model_args.mm_projector_type)
     now["lora_enable"] = getattr(training_args, "lora_enable", False) or lora
@@ -259,7 +259,7 @@ def other_type(model_args: Any) -> str:
 
 
 def _kept_settings(start: Mapping[str, Any], tower: Any, given: Dict[str, Any]) -> MMFuserConfig:
-    """The checkpoint's own settings; the flags may repeat them, not change them."""
+    """The checkpoint's settings. Flags may repeat them, but not change them."""
     kept = MMFuserConfig.from_llava(start).resolve(tower)
     if "layers" in given:
         given = {**given, "layers": given["layers"].resolve(tower.num_hidden_layers, tower.num_deleted)}

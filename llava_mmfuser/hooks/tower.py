@@ -1,4 +1,4 @@
-"""LLaVA's `CLIPVisionTower` and LLaVA-NeXT's `SigLipVisionTower`, which return several layers under a fuser."""
+"""Makes LLaVA's `CLIPVisionTower` and LLaVA-NeXT's `SigLipVisionTower` return several layers for a fuser."""
 
 from typing import Any
 

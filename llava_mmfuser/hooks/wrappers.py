@@ -1,4 +1,4 @@
-"""What PEFT and DeepSpeed put around a projector and its parameters."""
+"""Looks through the wrappers of PEFT and DeepSpeed around a projector and its parameters."""
 
 import contextlib
 from typing import Any, ContextManager, Iterable, Iterator, Optional
@@ -9,12 +9,12 @@ from ..projector import MMFuserProjector
 
 
 def is_wrapper(module: Any) -> bool:
-    """Whether it is what PEFT's ``modules_to_save`` puts around a module: the frozen original beside trained copies."""
+    """Whether this is PEFT's wrapper for ``modules_to_save``, which holds the frozen original and trained copies."""
     return isinstance(getattr(module, "modules_to_save", None), nn.ModuleDict)
 
 
 def unwrapped(module: Any) -> Any:
-    """The copy in use where PEFT's ``modules_to_save`` has wrapped a module, else the module itself."""
+    """The active copy in PEFT's wrapper for ``modules_to_save``; a module without wrapper comes back as it is."""
     if not is_wrapper(module):
         return module
     name = module.active_adapter
@@ -22,18 +22,18 @@ def unwrapped(module: Any) -> Any:
 
 
 def find_projector(model: nn.Module) -> Optional[MMFuserProjector]:
-    """The projector with fuser that a model uses, wrapped by PEFT or not; None where there is none."""
+    """The projector with a fuser that a model uses, without PEFT's wrapper, or None."""
     return next((module for module in map(unwrapped, model.modules()) if isinstance(module, MMFuserProjector)), None)
 
 
 def config_of(model: nn.Module) -> Any:
-    """The config of the LLaVA in a model, which may lie in a module without one."""
+    """The config of the LLaVA in a model; a wrapper around LLaVA may lack a config."""
     return next((module for module in model.modules() if hasattr(module, "get_vision_tower")), model).config
 
 
 @contextlib.contextmanager
 def replaced(instance: Any, name: str, function: Any) -> Iterator[None]:
-    """Within this context a method of one instance is another function."""
+    """Within this context, another function replaces a method of one instance."""
     before = vars(instance).get(name)
     setattr(instance, name, function)
     try:
@@ -43,11 +43,10 @@ def replaced(instance: Any, name: str, function: Any) -> Iterator[None]:
 
 
 def gathered(parameters: Iterable[nn.Parameter], modifier_rank: Optional[int] = None) -> ContextManager:
-    """Context in which parameters are whole, also under ZeRO-3; every rank must enter it.
+    """Context in which parameters are whole, even under ZeRO-3. Every rank must enter it.
 
     Args:
-        parameters: any parameters.
-        modifier_rank: rank whose changes all others receive on leaving, None if nothing is changed.
+        modifier_rank: on exit, all ranks receive this rank's changes; None means no changes.
     """
     partitioned = [parameter for parameter in parameters if hasattr(parameter, "ds_id")]
     if not partitioned:

@@ -3,75 +3,77 @@
 import contextlib
 import os
 import re
-from typing import Any, Iterator, List, NamedTuple, Optional, Sequence, Tuple
+from typing import Any, Iterator, List, Optional, Sequence, Tuple, Union
 
 import numpy as np
 
-from .drawing import draw
 from .maps import feature_maps
 from .pictures import MARK, expand, output_names, read_picture
 from .reading import Model, read_model
 
 
-class Outcome(NamedTuple):
-    """One line for the user."""
-
-    text: str
-    failed: bool = False
-
-
 def visualize(
     images: Sequence[str], output: str, at: Optional[str] = None, npz: bool = False, **model: Any
-) -> Iterator[Outcome]:
-    """Write one PNG for each picture into the folder `output`.
+) -> Iterator[Union[str, ValueError]]:
+    """Write one PNG for each picture into the folder `output`, which is made if it is absent.
+
+    NAME.jpg becomes NAME.maps.png; further pictures of the same name get -2, -3, ….
 
     Args:
         images: files, folders or URLs, see `expand` and `read_picture`.
-        output: made if it is absent. Maps of NAME.jpg are NAME.maps.png, with -2, -3, … where several are called alike.
-        at: ``x,y``, a point in pixels of every picture; shows where the query there samples.
+        at: ``x,y``, a point in pixels of every picture; the PNG shows where the query there samples.
         npz: write the arrays of `FeatureMaps.arrays` beside each PNG.
         model: arguments of `read_model`.
 
     Yields:
-        An `Outcome` for each note, each picture that was written and each that could not be.
+        A line for each note and each PNG, a ValueError for each picture that failed.
 
     Raises:
-        ValueError: before any picture is done: no matplotlib, `at` is no point, or a model that cannot be read.
+        ValueError: before the first picture: no matplotlib, `at` is no point, or the model cannot be read.
         OSError: `output` cannot be made.
     """
-    point = None if at is None else _parse_point(at)
-    _check_matplotlib()
+    number = r"\s*([+-]?\d+(?:\.\d*)?)\s*"
+    match = None if at is None else re.fullmatch(f"{number},{number}", at)
+    if at is not None and match is None:
+        raise ValueError(f"--at {at} is not allowed; use x,y in pixels of the picture, such as 120,80")
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError as error:
+        raise ValueError(f"drawing needs matplotlib ({error}); install it: pip install matplotlib") from error
     sources: List[str] = []
     for image in images:
         try:
             sources += expand(image)
         except (OSError, ValueError) as error:
-            yield Outcome(str(error), failed=True)
+            yield ValueError(str(error))
     if not sources:
         return
     os.makedirs(output, exist_ok=True)
     loaded = read_model(**model)
-    yield from map(Outcome, loaded.notes)
+    yield from loaded.notes
+    point = (float(match[1]), float(match[2])) if match else None
     inputs = set(map(os.path.realpath, sources))
     for source, name in zip(sources, output_names(sources)):
         path = os.path.join(output, name + MARK)
         try:
             if os.path.realpath(path + ".png") in inputs:
                 raise ValueError(f"its feature maps would overwrite {path}.png; choose another --output")
-            yield Outcome(_one(loaded, source, path, point, npz))
+            yield _draw_one(loaded, source, path, point, npz)
         except (OSError, ValueError) as error:
-            yield Outcome(f"{source}: {error}", failed=True)
+            yield ValueError(f"{source}: {error}")
 
 
-def _one(model: Model, source: str, path: str, at: Optional[Tuple[float, float]], npz: bool) -> str:
-    """Do one picture; `path` is that of the results, without their endings. Returns a line for the user."""
+def _draw_one(model: Model, source: str, path: str, at: Optional[Tuple[float, float]], npz: bool) -> str:
+    """Write the files of one picture, `path` and an ending each. Returns the line for the user."""
+    from .drawing import draw  # needs matplotlib
+
     file = path + ".png"
     maps = feature_maps(model, read_picture(source), at)
     figure = draw(maps, os.path.basename(source))
-    with _beside(file) as stream:
+    with _replacing(file) as stream:
         figure.savefig(stream, format="png")
     if npz:
-        with _beside(path + ".npz") as stream:
+        with _replacing(path + ".npz") as stream:
             np.savez(stream, **maps.arrays())
     if maps.fused is None:
         file += "; without the fused map, because the fuser returns none like the query's"
@@ -81,8 +83,8 @@ def _one(model: Model, source: str, path: str, at: Optional[Tuple[float, float]]
 
 
 @contextlib.contextmanager
-def _beside(path: str) -> Iterator[Any]:
-    """A stream to a file beside `path` that becomes `path` at the end, so that this is never half-written."""
+def _replacing(path: str) -> Iterator[Any]:
+    """Open a file beside `path` and rename it to `path` at the end, so that `path` is never half-written."""
     partial = path + ".partial"
     try:
         with open(partial, "wb") as stream:
@@ -91,18 +93,3 @@ def _beside(path: str) -> Iterator[Any]:
     finally:
         with contextlib.suppress(OSError):
             os.unlink(partial)
-
-
-def _parse_point(text: str) -> Tuple[float, float]:
-    number = r"\s*([+-]?\d+(?:\.\d*)?)\s*"
-    match = re.fullmatch(number + "," + number, text)
-    if not match:
-        raise ValueError(f"--at {text} is not allowed; use x,y in pixels of the picture, such as 120,80")
-    return float(match[1]), float(match[2])
-
-
-def _check_matplotlib() -> None:
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError as error:
-        raise ValueError(f"drawing needs matplotlib ({error}); install it: pip install matplotlib") from error

@@ -1,4 +1,4 @@
-"""The feature maps of one picture as a LLaVA's fuser gets them, what it makes of them, and where a query samples."""
+"""Feature maps of one picture: the fuser's inputs, its output, and the samples of one query."""
 
 from typing import Any, Dict, NamedTuple, Optional, Tuple
 
@@ -9,16 +9,16 @@ from PIL import Image
 from ..hidden_states import capture_layers
 from .reading import Model
 
-Box = Tuple[float, float, float, float]
+Box = Tuple[float, float, float, float]  # left, top, right, bottom
 
 
 class FeatureMaps(NamedTuple):
-    """What was computed for one picture; H and W are the rows and columns of the tower's grid, CLS is left out."""
+    """Arrays of one picture, without CLS; H and W are the rows and columns of the tower's grid."""
 
     picture: Image.Image
     label: str  # of the model
     indices: Tuple[int, ...]  # of hidden_states, the query last
-    box: Box  # left, top, right, bottom of the tower's input, in pixels of the picture; outside of it lies padding
+    box: Box  # edges of the tower's input, in pixels of the picture; beyond the picture it holds padding
     layers: np.ndarray  # [L, H, W, C]
     fused: Optional[np.ndarray]  # [H, W, C]; None where the fuser returns no map like the query's
     at: Optional[Tuple[float, float]] = None  # the chosen point, in pixels of the picture
@@ -33,16 +33,14 @@ class FeatureMaps(NamedTuple):
 
     @property
     def real(self) -> np.ndarray:
-        """Which cells touch the picture, so are not padding alone: bool [H, W]."""
-        left, top, right, bottom = self.box
-        height, width = self.layers.shape[1:3]
-        x, y = np.linspace(left, right, width + 1), np.linspace(top, bottom, height + 1)
-        columns = (x[1:] > 1e-6) & (x[:-1] < self.picture.width - 1e-6)
-        rows = (y[1:] > 1e-6) & (y[:-1] < self.picture.height - 1e-6)
+        """Which cells touch the picture, bool [H, W]; the others are padding alone."""
+        spans = zip(self.box[:2], self.box[2:], self.layers.shape[2:0:-1], self.picture.size)
+        lines = [(np.linspace(start, end, count + 1), size) for start, end, count, size in spans]
+        columns, rows = ((line[1:] > 1e-6) & (line[:-1] < size - 1e-6) for line, size in lines)
         return rows[:, None] & columns
 
     def arrays(self) -> Dict[str, np.ndarray]:
-        """For ``--npz``: every field but picture and label under its name, and ``difference`` and ``real``."""
+        """For ``--npz``: every field but picture and label, and ``difference`` and ``real``."""
         found = {name: getattr(self, name) for name in self._fields if name not in ("picture", "label")}
         found.update(difference=self.difference, real=self.real)
         return {name: np.asarray(value) for name, value in found.items() if value is not None}
@@ -50,15 +48,13 @@ class FeatureMaps(NamedTuple):
 
 @torch.no_grad()
 def feature_maps(model: Model, picture: Image.Image, at: Optional[Tuple[float, float]] = None) -> FeatureMaps:
-    """Compute all maps of one RGB picture, and the samples of the query at a point of it.
+    """Compute all maps of one RGB picture, and the samples of the query at a point.
 
     Args:
-        model: see `read_model`.
-        picture: in RGB.
         at: x and y in pixels of the picture, from its top left corner.
 
     Raises:
-        ValueError: a point outside the picture, or outside the part of it that the tower sees.
+        ValueError: the point lies outside the picture, or outside the part that the tower sees.
     """
     if at is not None and not (0 <= at[0] < picture.width and 0 <= at[1] < picture.height):
         raise ValueError(
@@ -74,37 +70,23 @@ def feature_maps(model: Model, picture: Image.Image, at: Optional[Tuple[float, f
     flat = capture_layers(model.tower, pixels.to(model.tower.device), indices, "patch")  # [1, N, L*C]
     layers = flat.unflatten(-1, (len(indices), -1)).unbind(-2)
     fused = model.fuser(layers)
-    seen = None if cell is None else model.fuser.samples(layers)
-    maps = FeatureMaps(
-        picture,
-        model.label,
-        indices,
-        box,
-        torch.cat(layers).unflatten(1, (side, side)).cpu().numpy(),
-        fused.reshape(side, side, -1).cpu().numpy() if fused.shape == layers[-1].shape else None,
-        at,
-        cell,
-    )
-    if cell is None or seen is None:
+    fused = fused.reshape(side, side, -1).cpu().numpy() if fused.shape == layers[-1].shape else None
+    grids = torch.cat(layers).unflatten(1, (side, side)).cpu().numpy()
+    maps = FeatureMaps(picture, model.label, indices, box, grids, fused, at, cell)
+    found = None if cell is None else model.fuser.samples(layers)
+    if cell is None or found is None:
         return maps
-    row, column = cell
-    places, weights = (of_all[0, row * side + column].cpu().numpy() for of_all in seen)
-    corner, extent = np.array(box[:2]), np.array(box[2:]) - np.array(box[:2])
-    samples = corner + (places + 0.5) / side * extent
+    places, weights = (of_all[0, cell[0] * side + cell[1]].cpu().numpy() for of_all in found)
+    samples = box[:2] + (places + 0.5) / side * (np.array(box[2:]) - box[:2])
     return maps._replace(samples=samples.astype(np.float32), weights=weights)
 
 
 def preprocess(picture: Image.Image, processor: Any, aspect_ratio: Optional[str]) -> Tuple[torch.Tensor, Box]:
-    """A picture as LLaVA hands it to its tower.
+    """An RGB picture as LLaVA gives it to its tower: [1, 3, size, size], and its edges in pixels of the picture.
 
     Args:
-        picture: in RGB.
-        processor: the tower's image processor.
-        aspect_ratio: ``pad`` makes the picture square with bars of the mean colour; ``anyres`` squeezes it, which gives
-            the overview that LLaVA-1.6 puts before the tiles; with anything else the processor crops the middle.
-
-    Returns:
-        [1, 3, size, size], and the edges of that in pixels of the picture: left, top, right, bottom.
+        aspect_ratio: ``pad`` makes the picture square with bars of the mean colour. ``anyres`` squeezes it, as the
+            overview of LLaVA-1.6. Otherwise the processor crops the middle.
     """
     width, height = picture.size
     box = np.array([0.0, 0.0, width, height])
@@ -120,7 +102,7 @@ def preprocess(picture: Image.Image, processor: Any, aspect_ratio: Optional[str]
     pixels = processor.preprocess(picture, return_tensors="pt").pixel_values
     whole = processor.preprocess(picture, return_tensors="pt", do_center_crop=False).pixel_values
     after, before = np.array(pixels.shape[:1:-1]), np.array(whole.shape[:1:-1])  # width and height, cropped and not
-    # A picture that is smaller than the crop gets a border instead.
+    # A picture smaller than the crop gets a border instead.
     start = np.where(before >= after, (before - after) // 2, -((after - before) // 2))
     scale = (box[2:] - box[:2]) / before
     return pixels, (*(box[:2] + start * scale), *(box[:2] + (start + after) * scale))
@@ -128,8 +110,7 @@ def preprocess(picture: Image.Image, processor: Any, aspect_ratio: Optional[str]
 
 def _cell(at: Tuple[float, float], box: Box, side: int) -> Tuple[int, int]:
     """Row and column of the cell at a point."""
-    column = int(np.floor((at[0] - box[0]) / (box[2] - box[0]) * side))
-    row = int(np.floor((at[1] - box[1]) / (box[3] - box[1]) * side))
+    column, row = (int(np.floor((at[i] - box[i]) / (box[i + 2] - box[i]) * side)) for i in (0, 1))
     if not (0 <= row < side and 0 <= column < side):
         left, top, right, bottom = (round(float(edge), 1) for edge in box)
         raise ValueError(

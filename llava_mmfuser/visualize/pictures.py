@@ -3,18 +3,18 @@
 import io
 import os
 import re
-from typing import List, Sequence, Union
+from typing import Dict, List, Sequence
 from urllib.parse import unquote, urlsplit
 
 from PIL import Image
 
 TIMEOUT = 30  # seconds that a server may stay silent
-MARK = ".maps"  # before the ending of what is drawn, so that no picture is ever overwritten
+MARK = ".maps"  # before the ending of every file that is written, so that no picture is overwritten
 _URL = re.compile(r"https?://", re.IGNORECASE)
 
 
 def expand(source: str) -> List[str]:
-    """The pictures of a folder, by name, those in folders below it and hidden ones left out; of another source, itself.
+    """The pictures of a folder, sorted by name; a file or URL alone. Subfolders and hidden files are left out.
 
     Raises:
         ValueError: the folder has no file with the ending of a picture.
@@ -24,18 +24,17 @@ def expand(source: str) -> List[str]:
     Image.init()
     endings = {ending for ending, kind in Image.registered_extensions().items() if kind in Image.OPEN}
     names = [name for name in sorted(os.listdir(source)) if os.path.splitext(name)[1].lower() in endings]
-    results = MARK + ".png"  # of an earlier run
-    files = [os.path.join(source, name) for name in names if not name.startswith(".") and not name.endswith(results)]
-    if not files:
+    names = [name for name in names if not name.startswith(".") and not name.endswith(MARK + ".png")]
+    if not names:
         raise ValueError(f"the folder {source} has no pictures (.png, .jpg or another ending that Pillow reads)")
-    return files
+    return [os.path.join(source, name) for name in names]
 
 
 def read_picture(source: str) -> Image.Image:
-    """A file or URL in RGB; EXIF orientation is ignored and of an animation the first frame is taken, as LLaVA does.
+    """A file or URL in RGB. As in LLaVA, EXIF orientation is ignored and an animation gives its first frame.
 
     Raises:
-        ValueError: no such file, a server that cannot be reached or refuses, or something that is no whole picture.
+        ValueError: no such file, no answer from the server, or no whole picture.
     """
     if _URL.match(source):
         import requests
@@ -45,13 +44,10 @@ def read_picture(source: str) -> Image.Image:
             response.raise_for_status()
         except requests.RequestException as error:
             raise ValueError(f"it cannot be fetched: {error}") from error
-        stream: Union[str, io.BytesIO] = io.BytesIO(response.content)
-    elif os.path.isfile(source):
-        stream = source
-    else:
+    elif not os.path.isfile(source):
         raise ValueError("no such file")
     try:
-        with Image.open(stream) as image:
+        with Image.open(io.BytesIO(response.content) if _URL.match(source) else source) as image:
             return image.convert("RGB")
     except Exception as error:  # Pillow's readers raise nearly anything for a damaged file
         reason = "no format that Pillow knows" if type(error).__name__ == "UnidentifiedImageError" else error
@@ -59,17 +55,14 @@ def read_picture(source: str) -> Image.Image:
 
 
 def output_names(sources: Sequence[str]) -> List[str]:
-    """For each source a file name without ending, all different also where a file system ignores case."""
-    names: List[str] = []
-    taken = set()
+    """A file name for each source, without ending. No two differ in case alone."""
+    names: Dict[str, str] = {}
     for source in sources:
         path = unquote(urlsplit(source).path) if _URL.match(source) else source
-        stem = os.path.splitext(os.path.basename(path))[0]
-        stem = re.sub(r"[^\w.-]+", "_", stem) or "picture"
-        name, number = stem, 1
-        while name.lower() in taken:
+        name = stem = re.sub(r"[^\w.-]+", "_", os.path.splitext(os.path.basename(path))[0]) or "picture"
+        number = 1
+        while name.lower() in names:
             number += 1
             name = f"{stem}-{number}"
-        taken.add(name.lower())
-        names.append(name)
-    return names
+        names[name.lower()] = name
+    return list(names.values())

@@ -1,4 +1,4 @@
-"""The vision tower and the fuser of a checkpoint; the language model is never built."""
+"""Reads the vision tower and the fuser of a checkpoint, and never the language model."""
 
 import os
 from typing import Any, Dict, List, Mapping, NamedTuple, Optional, Sequence, Tuple
@@ -20,10 +20,8 @@ _TOWER_MARK = "vision_tower.vision_tower."
 
 
 class Model(NamedTuple):
-    """A vision tower and a fuser, `MMFuser` or one of its rivals."""
-
     label: str
-    tower: Any  # transformers' model of it
+    tower: Any  # a vision model of transformers
     processor: Any  # its image processor
     fuser: Fusion
     settings: MMFuserConfig  # with explicit layers
@@ -38,16 +36,20 @@ def read_model(
     layers: Optional[str] = None,
     device: Optional[str] = None,
 ) -> Model:
-    """Read a vision tower and, where there is one, a fuser; else a fresh fuser, which is the identity.
+    """Read a vision tower and its fuser, in float32. A model without a fuser gets a fresh one, which is the identity.
 
     Args:
-        path: checkpoint, adapter or LoRA folder of any format, released LLaVA, or vision tower; or its name on the hub.
-        base: where to look for weights that are not in `path`, as those of a projector that LoRA left frozen.
-        vision_tower: the tower, if not ``mm_vision_tower`` of config.json.
-        layers: for a model without a fuser, see `Layers.parse`; None takes ``mm_vision_select_layer``, else -2.
-        device: of the computation, which is in float32; None takes cuda where there is one, else cpu.
+        path: folder of a checkpoint, adapter, LoRA, released LLaVA or vision tower; or its name on the hub.
+        base: folder or name with the weights that `path` lacks, such as a projector that LoRA left frozen.
+        vision_tower: None means ``mm_vision_tower`` of config.json.
+        layers: for a model without a fuser, see `Layers.parse`; None means ``mm_vision_select_layer``, else -2.
+        device: None means cuda where there is one, else cpu.
     """
-    place = _device(device)
+    try:
+        place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        torch.empty(0, device=place)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:  # PyTorch has no common type for this
+        raise ValueError(f"--device {device} cannot be used here: {str(error).splitlines()[0]}") from error
     config = read_config(_folder(path, "config.json"))
     if config is None:
         raise ValueError(f"{path} has no config.json; name a folder of a LLaVA or of a {' or '.join(TOWERS)} tower")
@@ -62,15 +64,15 @@ def read_model(
         raise ValueError("config.json has no mm_vision_tower; give --vision-tower PATH")
     if not is_fused(config):
         query = Layers.parse(config.get("mm_vision_select_layer", -2))
-        if layers is not None:
-            named = layers in LAYER_SETS
-            query = Layers.parse_listed(layers, query, "--layers") if named else Layers.parse(layers, "--layers")
+        if layers in LAYER_SETS:
+            query = Layers.parse_listed(layers, query, "--layers")
+        elif layers is not None:
+            query = Layers.parse(layers, "--layers")
         settings = MMFuserConfig(layers=query)
     elif layers is not None:
         raise ValueError(f"--layers={layers}, but {path} has a fuser, which knows its layers; drop the flag")
     settings = settings.resolve(known)
     label, folders, notes = os.path.basename(os.path.abspath(path)), [path] + ([base] if base else []), []
-
     fuser = settings.build(known.hidden_size, config.get("hidden_size", known.hidden_size) if is_fused(config) else 1)
     weights, source = _stored(folders, MARK, "fuser.") if is_fused(config) else ({}, "")
     if weights:
@@ -96,17 +98,8 @@ def read_model(
     return Model(label, tower.to(place), processor, fuser.to(place).eval(), settings, aspect_ratio, notes)
 
 
-def _device(name: Optional[str]) -> torch.device:
-    try:
-        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:  # PyTorch has no common type for this
-        raise ValueError(f"--device {name} cannot be used here: {str(error).splitlines()[0]}") from error
-    return device
-
-
 def _folder(path: str, *patterns: str) -> str:
-    """A folder as it is; of a name on the hub the folder in the cache, after a download where files are missing."""
+    """The folder itself, or the cached folder of a name on the hub; missing files are downloaded."""
     if os.path.isdir(path):
         return path
     if os.path.exists(path):
@@ -120,8 +113,11 @@ def _folder(path: str, *patterns: str) -> str:
 
 
 def _stored(folders: Sequence[str], mark: str, prefix: str = "") -> Tuple[Dict[str, torch.Tensor], str]:
-    """Tensors, by our names behind `mark` and `prefix`, of the first folder that has any, and that folder. Of a whole
-    model only its own files count, as in LLaVA's loading."""
+    """Tensors of the first folder that has any, and that folder.
+
+    The tensors bear our names, without what precedes `mark` and without `prefix`. In the folder of a whole model only
+    the model's own files count, as in LLaVA's loading.
+    """
     for folder in (_folder(folder, "*.json", "*.safetensors", "*.bin") for folder in folders):
         checkpoint = read_checkpoint(folder)
         weights = [weight for file in checkpoint.shards or checkpoint.adapters for weight in checkpoint.weights[file]]
@@ -143,11 +139,11 @@ def _load(module: nn.Module, weights: Mapping[str, torch.Tensor], source: str) -
 
 
 def _read_tower(name: str, kind: str) -> Tuple[Any, Any]:
-    """The model and the image processor of a tower, such as a `CLIPVisionModel` and a `CLIPImageProcessor`."""
+    """A tower's vision model and image processor."""
     from transformers.utils import logging
 
     verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()  # else it lists every weight of a whole CLIP that is of the text model
+    logging.set_verbosity_error()  # else transformers lists every weight of CLIP's text model
     try:
         model, processor_class = map(TOWERS[kind].transformers_class, ("VisionModel", "ImageProcessor"))
         tower, info = model.from_pretrained(name, output_loading_info=True)
