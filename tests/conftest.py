@@ -24,6 +24,7 @@ def pytest_configure(config):
     config.addinivalue_line("markers", "gpu: needs a CUDA device")
     config.addinivalue_line("markers", "serve: LLaVA's own serving, all of it in scripts/test.sh serve")
     config.addinivalue_line("markers", "slow: not in scripts/test.sh quick")
+    config.addinivalue_line("markers", "matrix: on the current stack only; another case stands for it elsewhere")
 
 
 def pytest_collection_modifyitems(items):
