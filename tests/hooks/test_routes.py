@@ -42,13 +42,22 @@ TO_AUTHORS = {ours: theirs for theirs, ours in FROM_AUTHORS.items()}
 MARKS = {
     **dict.fromkeys(("ZeRO-2", "ZeRO-3"), (pytest.mark.deepspeed_cpu, pytest.mark.slow)),
     **dict.fromkeys(("QLoRA", "8-bit", "4-bit"), (pytest.mark.bitsandbytes, pytest.mark.slow)),
-    **dict.fromkeys(("load full", "load base+adapter", "load LoRA", "merge"), pytest.mark.fp16_cpu),
+    **dict.fromkeys(("load full", "load base+adapter", "load LoRA", "merge"), (pytest.mark.fp16_cpu,)),
 }
+
+
+# A start for each route that also runs on LLaVA's pins.
+FOR_ALL = {"pretrain": "MLP adapter", "finetune": "authors' full", "LoRA": "our adapter"}
+
+
+def marks(start, route):
+    chosen = FOR_ALL.get(route) == start
+    return [*MARKS.get(route, ()), *([] if chosen else [pytest.mark.matrix])]
 
 
 def cells(routes):
     return [
-        pytest.param(start, route, id=f"{start} - {route}", marks=MARKS.get(route, ()))
+        pytest.param(start, route, id=f"{start} - {route}", marks=marks(start, route))
         for route in routes
         for start in STARTS
         if (start, route) not in IMPOSSIBLE
