@@ -204,7 +204,6 @@ torch.save([logits.detach(), dict(model.named_parameters())], {str(output / "sta
             "mm_vision_select_layer=3,99: layer 99 does not exist; this vision tower has 8 blocks",
         ),
         (dict(mm_vision_select_layer="7,3"), "mm_vision_select_layer=7,3 is not in order"),
-        (dict(mm_vision_select_layer="3;7"), "is not a list of layers"),
         (dict(mm_fuser_layers="7"), "mm_fuser_layers=7 names 1 layer"),
         (dict(mm_fuser_layers="3,3,7"), "mm_fuser_layers=3,3,7 names a layer twice"),
         (dict(mm_fuser_num_heads="5"), "mm_fuser_num_heads=5 does not divide the feature width 64"),
