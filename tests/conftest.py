@@ -77,13 +77,15 @@ def interrupted_start(monkeypatch):
 @pytest.fixture(scope="session")
 def world(tmp_path_factory):
     """Folder with `data`, `llama` and `clip`: all that train.py needs, tiny and random."""
+    import host
     from toy import models, pictures
 
-    folder = tmp_path_factory.mktemp("world")
-    pictures.make_dataset(folder / "data")
-    models.make_llama(folder / "llama", hidden_size=64)
-    models.make_clip(folder / "clip")
-    return folder
+    def make(folder):
+        pictures.make_dataset(folder / "data")
+        models.make_llama(folder / "llama", hidden_size=64)
+        models.make_clip(folder / "clip")
+
+    return host.once(host.shared(tmp_path_factory) / "world", make)
 
 
 @pytest.fixture
