@@ -5,7 +5,7 @@ import re
 from dataclasses import dataclass, field
 from typing import Any, Dict, Optional, Tuple
 
-from .block.kinds import ATTENTION_KINDS, FUSIONS, check_num_heads, check_settings
+from .block.kinds import ATTENTION_KINDS, FUSIONS, OUTPUTS, STARTS, check_num_heads, check_settings
 from .layers import LAYER_SETS, Layers, is_listed
 
 PROJECTOR_TYPE = "mmfuser"
@@ -57,6 +57,20 @@ class MMFuserConfig:
     window_size: int = field(
         default=3, metadata={"help": "Side of the neighbourhood in window attention, odd. If not given: 3."}
     )
+    output: str = field(
+        default="add",
+        metadata={
+            "help": "How the fused detail enters: %s, that is through columns of its own in the projector's first "
+            "layer. If not given: add, the paper's." % " or ".join(OUTPUTS)
+        },
+    )
+    start: str = field(
+        default="identity",
+        metadata={
+            "help": "How a fresh fuser starts: %s, which only a fresh projector may have behind it. If not given: "
+            "identity, the paper's." % " or ".join(STARTS)
+        },
+    )
 
     def __post_init__(self):
         object.__setattr__(self, "layers", Layers.parse(self.layers, "mm_fuser_layers"))
@@ -73,13 +87,22 @@ class MMFuserConfig:
         return self.layers.num_layers
 
     @property
+    def starts_as_identity(self) -> bool:
+        """Whether a released LLaVA answers as before with a fresh fuser in front."""
+        return FUSIONS[self.fusion].starts_as_identity and self.start == "identity"
+
+    @property
     def without_effect(self) -> Tuple[str, ...]:
         """Fields that mean nothing under this fusion and attention kind."""
         of_kinds = dict(ATTENTION_KINDS)
         if self.fusion == "mmfuser":
             del of_kinds[self.attention]
         unused = tuple(name for names in of_kinds.values() for name in names)
-        return unused if self.fusion == "mmfuser" else ("attention", "self_attention", "num_heads", *unused)
+        return (
+            unused
+            if self.fusion == "mmfuser"
+            else ("attention", "self_attention", "num_heads", "output", "start", *unused)
+        )
 
     def refuse_useless(self, given: Dict[str, Any]) -> None:
         """Raise ValueError for settings the user gave (without prefix) that mean nothing here."""
@@ -102,7 +125,7 @@ class MMFuserConfig:
         """
         from .block.rivals import build_fusion
 
-        names = ("num_heads", "num_points", "attention", "self_attention", "window_size")
+        names = ("num_heads", "num_points", "attention", "self_attention", "window_size", "output", "start")
         of_mmfuser = {name: getattr(self, name) for name in names}
         return build_fusion(self.fusion, hidden_size, self.num_layers, out_features, **of_mmfuser)
 
@@ -114,6 +137,7 @@ class MMFuserConfig:
         return (
             f"hidden_states {self.layers} -> {self.attention} attention"
             f"{' + self-attention' if self.self_attention else ''}, num_heads {self.num_heads}{own}"
+            f"{', output columns' if self.output == 'columns' else ''}{', start open' if self.start == 'open' else ''}"
         )
 
     def resolve(self, vision_config: Any) -> "MMFuserConfig":

@@ -78,7 +78,7 @@ PATCHES = {
         Patch(_LLAVA_TRAINER + ".create_optimizer", optimizer.create_optimizer, "self",
               "mm_fuser_lr; gates, norms and biases of the fuser without weight decay", _RATES, optimizer.has_fuser),
         Patch(_TRAINER + ".create_scheduler", optimizer.create_scheduler, "self num_training_steps optimizer",
-              "mm_fuser_lr in optimizers that others made; refuses a fresh fuser that is frozen", _RATES,
+              "rates that can open the fuser, whoever made the optimizer; refuses a fresh one that is frozen", _RATES,
               optimizer.has_fuser),
         Patch(_TRAINER + "._load_optimizer_and_scheduler", optimizer.load_optimizer_and_scheduler, "self checkpoint",
               "the same where a Trainer makes its scheduler another way", _RATES, optimizer.has_fuser),

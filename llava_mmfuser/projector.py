@@ -48,6 +48,7 @@ class MMFuserProjector(Resettable, nn.Module):
         self.num_loaded: Optional[int] = None  # fuser tensors in the last state dict that had any of this projector's
         self.missing: List[str] = []  # fuser tensors that the checkpoint lacked from which this was loaded
         self.lr: Optional[float] = None  # of the fuser; None takes that of the projector
+        self.gate_lr: Union[None, float, str] = None  # of what opens it; see `hooks.optimizer`
         self.log_gates = True  # whether the Trainer logs the fuser's gates
         self._in_model = False  # whether that was a whole model's
         self._problems: Optional[str] = None  # what that state dict lacked or had too much

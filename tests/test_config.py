@@ -149,6 +149,8 @@ def test_settings_round_trip_through_a_llava_config():
         mm_fuser_num_heads=8,
         mm_fuser_num_points=2,
         mm_fuser_window_size=3,
+        mm_fuser_output="add",
+        mm_fuser_start="identity",
     )
     assert MMFuserConfig.from_llava(SimpleNamespace(mm_vision_select_layer=-1, **flat)) == settings
 
@@ -208,6 +210,7 @@ def test_named_sets_that_do_not_fit_or_do_not_exist_are_refused():
         (dict(mm_fuser_attention="deformable", mm_fuser_window_size=3), "mm_fuser_window_size=3 has no effect with"),
         (dict(mm_fuser_fusion=["mean"]), "mm_fuser_fusion=.'mean'. is not allowed"),
         (dict(mm_fuser_fusion="mean", mm_fuser_num_heads=4), "mm_fuser_num_heads=4 has no effect with .*fusion=mean"),
+        (dict(mm_fuser_fusion="mean", mm_fuser_output="columns"), "mm_fuser_output=columns has no effect with .*=mean"),
         (dict(mm_fuser_fusion="sum", mm_fuser_lr=1e-4), "mm_fuser_lr=0.0001 has no effect with .*sum, which has no"),
     ],
 )
@@ -222,6 +225,8 @@ def test_summary_names_what_matters():
     fused = MMFuserConfig(layers="3,8,13,18,23", attention="window", self_attention=False)
     assert fused.summary() == "hidden_states 3,8,13,18,23 -> window attention, num_heads 16, window_size 3"
     assert MMFuserConfig(layers="8,23", fusion="sum").summary() == "hidden_states 8,23 -> sum"
+    chosen = MMFuserConfig(layers="8,23", output="columns", start="open").summary()
+    assert chosen.endswith("num_heads 16, num_points 4, output columns, start open")
 
 
 def test_command_shows_the_sets_of_any_depth():

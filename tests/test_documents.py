@@ -60,6 +60,7 @@ def test_flags_page_lists_exactly_the_flags_with_their_defaults():
     fields = {f"mm_fuser_{field.name}": str(field.default) for field in dataclasses.fields(MMFuserConfig)}
     fields["mm_fuser_layers"] = "uniform"
     training = {"mm_fuser_lr": "the projector's", "mm_fuser_log_gates": "True"}
+    training["mm_fuser_gate_lr"] = "see [below](#will-it-wake-up)"
     assert shown == {"mm_vision_select_layer": "LLaVA's", **fields, **training}
 
 

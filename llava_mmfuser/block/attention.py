@@ -21,7 +21,9 @@ _CLASSES: Dict[str, Type[nn.Module]] = {
 }
 
 
-def build_attention(kind: str, hidden_size: int, num_levels: int, num_heads: int, **settings: Any) -> nn.Module:
+def build_attention(
+    kind: str, hidden_size: int, num_levels: int, num_heads: int, near: bool = False, **settings: Any
+) -> nn.Module:
     """A fresh attention of one kind.
 
     Args:
@@ -29,7 +31,10 @@ def build_attention(kind: str, hidden_size: int, num_levels: int, num_heads: int
         hidden_size: feature width C.
         num_levels: number of value maps L.
         num_heads: heads; must divide hidden_size.
+        near: whether deformable attention starts at the query's own cell; the other kinds see it anyway.
         settings: of all kinds; those of other kinds are left out.
     """
     own = {name: settings[name] for name in ATTENTION_KINDS[kind]}
+    if kind == "deformable":
+        own["near"] = near
     return _CLASSES[kind](hidden_size, num_levels, num_heads, **own)

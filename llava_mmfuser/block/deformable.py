@@ -9,14 +9,20 @@ from torch import nn
 from .leaves import LayerNorm, Linear, ZeroLinear, normed_linears
 from .sampling import cell_positions, deformable_sampling
 
+NEAR = 0.125  # of a cell: not 0, for points at the same place would stay together
+
 
 class _OffsetLinear(Linear):
-    """Zero weight; the bias points each head in its own direction, point k at distance k+1 (Deformable DETR's ring)."""
+    """Zero weight; the bias points each head in its own direction, point k at distance k+1 (Deformable DETR's ring).
+
+    `near` shrinks the ring to `NEAR` of that, around the middle of the query's own cell.
+    """
 
     bias: nn.Parameter
 
-    def __init__(self, hidden_size: int, num_heads: int, num_levels: int, num_points: int):
+    def __init__(self, hidden_size: int, num_heads: int, num_levels: int, num_points: int, near: bool):
         self.shape = (num_heads, num_levels, num_points, 2)
+        self.unit = NEAR if near else 1.0
         super().__init__(hidden_size, math.prod(self.shape))
 
     @torch.no_grad()
@@ -25,7 +31,7 @@ class _OffsetLinear(Linear):
         angle = torch.arange(num_heads, dtype=torch.float32) * (2 * math.pi / num_heads)
         direction = torch.stack([angle.cos(), angle.sin()], -1)
         direction = direction / direction.abs().amax(-1, keepdim=True)
-        distance = torch.arange(1, num_points + 1, dtype=torch.float32)
+        distance = torch.arange(1, num_points + 1, dtype=torch.float32) * self.unit
         ring = direction.view(-1, 1, 1, 2) * distance.view(1, 1, -1, 1)
         self.weight.zero_()
         self.bias.copy_(ring.expand(self.shape).reshape(-1))
@@ -39,15 +45,16 @@ class DeformableAttention(nn.Module):
         num_levels: number of value maps L.
         num_heads: heads; must divide hidden_size.
         num_points: samples per head and level.
+        near: whether it starts at the query's own cell.
 
     Parameter names and the row order of `sampling_offsets` (head, level, point, xy) and `attention_weights`
     (head, level, point) are Deformable DETR's and the authors'.
     """
 
-    def __init__(self, hidden_size: int, num_levels: int, num_heads: int, num_points: int):
+    def __init__(self, hidden_size: int, num_levels: int, num_heads: int, num_points: int, near: bool = False):
         super().__init__()
         self.shape = (num_heads, num_levels, num_points)
-        self.sampling_offsets = _OffsetLinear(hidden_size, num_heads, num_levels, num_points)
+        self.sampling_offsets = _OffsetLinear(hidden_size, num_heads, num_levels, num_points, near)
         self.attention_weights = ZeroLinear(hidden_size, math.prod(self.shape))
         self.value_proj = Linear(hidden_size, hidden_size)
         self.output_proj = Linear(hidden_size, hidden_size)

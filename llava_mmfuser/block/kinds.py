@@ -1,6 +1,6 @@
 """Which fusions and kinds of attention there are, and which settings are allowed. Imports nothing heavy."""
 
-from typing import Any, Dict, Mapping, NamedTuple, Tuple
+from typing import Any, Dict, Iterable, Mapping, NamedTuple, Tuple
 
 
 class FusionKind(NamedTuple):
@@ -21,6 +21,8 @@ FUSIONS = {  # the classes are in mmfuser.py and rivals.py
 }
 # attention kind -> the settings that concern only it; the classes are in attention.py
 ATTENTION_KINDS: Dict[str, Tuple[str, ...]] = {"deformable": ("num_points",), "dense": (), "window": ("window_size",)}
+OUTPUTS = ("add", "columns")  # how mmfuser's detail enters; see mmfuser.py
+STARTS = ("identity", "open")  # how a fresh mmfuser starts
 
 MAX_WIDTH = 1 << 17  # the widest language models have an eighth of this
 MAX_LAYERS = 1000  # the deepest ViTs have a few hundred blocks
@@ -33,12 +35,19 @@ def check_settings(settings: Mapping[str, Any]) -> None:
     """Refuse settings of a fusion that are not allowed, whichever of them are there.
 
     Args:
-        settings: ``fusion``, ``attention``, ``self_attention``, ``num_heads``, ``num_points``, ``window_size``.
+        settings: ``fusion``, ``attention``, ``self_attention``, ``num_heads``, ``num_points``, ``window_size``,
+            ``output``, ``start``.
 
     Raises:
         ValueError: the setting, its value and what is allowed.
     """
-    for name, allowed in (("fusion", FUSIONS), ("attention", ATTENTION_KINDS)):
+    named: Dict[str, Iterable[str]] = {
+        "fusion": FUSIONS,
+        "attention": ATTENTION_KINDS,
+        "output": OUTPUTS,
+        "start": STARTS,
+    }
+    for name, allowed in named.items():
         if settings.get(name, next(iter(allowed))) not in tuple(allowed):
             raise ValueError(f"mm_fuser_{name}={settings[name]!r} is not allowed; use {' or '.join(allowed)}")
     if not isinstance(settings.get("self_attention", True), bool):
@@ -50,6 +59,23 @@ def check_settings(settings: Mapping[str, Any]) -> None:
         raise ValueError(
             f"mm_fuser_window_size={window_size} is not allowed; a neighbourhood has a centre, so use an odd "
             f"number such as {window_size + 1}"
+        )
+
+
+def refuse_open(start: str, projector: str) -> None:
+    """Refuse a fresh fuser that does not start as an identity in front of a projector that was trained without it.
+
+    Args:
+        start: one of `STARTS`.
+        projector: where that projector comes from.
+
+    Raises:
+        ValueError: `start` is ``open``.
+    """
+    if start == "open":
+        raise ValueError(
+            f"mm_fuser_start=open is not allowed in front of a trained projector ({projector}), which would read other "
+            f"features at once; drop the flag, or train a fresh projector"
         )
 
 

@@ -140,21 +140,26 @@ def normed_linears(x: torch.Tensor, norm: Optional[LayerNorm], *linears: Linear)
 
 
 class Gate(Resettable, nn.Module):
-    """Learnable scale per channel, zero at first: ``residual + scale * x`` in the dtype of residual.
+    """Learnable scale per channel: ``residual + scale * x`` in the dtype of residual.
+
+    Args:
+        hidden_size: number of channels.
+        start: initial value; at 0 the residual passes unchanged.
 
     The parameter is called ``scale`` because transformers 4.37 renames ``gamma`` and ``beta`` in every checkpoint key.
     """
 
     decays = False
 
-    def __init__(self, hidden_size: int):
+    def __init__(self, hidden_size: int, start: float = 0.0):
         super().__init__()
+        self.start = start
         self.scale = nn.Parameter(torch.empty(hidden_size))
         self.reset_parameters()
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        self.scale.zero_()
+        self.scale.fill_(self.start)
 
     def forward(self, residual: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
         return torch.addcmul(residual, x.to(residual.dtype), self.scale.to(residual.dtype))

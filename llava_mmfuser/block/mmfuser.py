@@ -8,8 +8,8 @@ from torch import nn
 
 from .attention import build_attention
 from .fusion import Fusion
-from .kinds import MAX_LAYERS, check_count, check_num_heads, check_settings
-from .leaves import Gate, LayerNorm
+from .kinds import MAX_LAYERS, MAX_WIDTH, check_count, check_num_heads, check_settings
+from .leaves import Gate, LayerNorm, Linear, ZeroLinear
 
 # authors' name -> ours; every other name is the same
 PUBLISHED_NAMES = {
@@ -29,8 +29,14 @@ class MMFuser(Fusion):
         F_sa  = F_ca + self_gate * self_attn(self_norm(F_ca), self_norm(F_ca))
         F_out = F_L + cross_gate * F_sa
 
-    Both gates start at zero, so a fresh block returns F_L exactly. `load_state_dict` also takes the names of the
-    authors' published adapters, with or without their prefix ``0.``.
+    Both gates start at zero, so a fresh block returns F_L exactly. This is the paper's. With ``output="columns"`` there
+    is no cross_gate: F_out = F_L, and the projector's first layer reads F_sa through columns of its own::
+
+        first_layer([F_L, F_sa]) = W F_L + b + columns F_sa
+
+    The columns start at zero, so a fresh block changes nothing either, and cross_attn starts at the query's own cell.
+
+    `load_state_dict` also takes the names of the authors' published adapters, with or without their prefix ``0.``.
 
     Args:
         hidden_size: width C of every feature map.
@@ -40,6 +46,10 @@ class MMFuser(Fusion):
         attention: attention kind, one of `kinds.ATTENTION_KINDS`.
         self_attention: False leaves out self_norm, self_attn and self_gate (F_sa = F_ca).
         window_size: side of the neighbourhood of window attention, odd.
+        output: ``add`` or ``columns``: how F_sa enters.
+        start: ``identity``, or ``open``: cross_gate starts at one, or the columns are drawn at random, and cross_attn
+            starts at the query's own cell. A fresh block then changes what the projector reads.
+        out_features: width of the projector's first layer, for ``columns``.
 
     Raises:
         ValueError: a setting that is not allowed, named with its value.
@@ -54,16 +64,26 @@ class MMFuser(Fusion):
         attention: str = "deformable",
         self_attention: bool = True,
         window_size: int = 3,
+        output: str = "add",
+        start: str = "identity",
+        out_features: int = 0,
     ):
         check_count(num_layers, MAX_LAYERS, "num_layers", least=2)
-        own = {"num_points": num_points, "window_size": window_size}
-        check_settings(dict(num_heads=num_heads, attention=attention, self_attention=self_attention, **own))
+        own: Dict[str, Any] = {"num_points": num_points, "window_size": window_size}
+        choices = dict(attention=attention, self_attention=self_attention, output=output, start=start)
+        check_settings(dict(num_heads=num_heads, **choices, **own))
         check_num_heads(hidden_size, num_heads)
         super().__init__(hidden_size, num_layers)
         self.query_norm = LayerNorm(hidden_size, eps=1e-6)
         self.feat_norm = LayerNorm(hidden_size, eps=1e-6)
-        self.cross_attn = build_attention(attention, hidden_size, num_layers - 1, num_heads, **own)
-        self.cross_gate = Gate(hidden_size)
+        self.acts_in_first_layer = output == "columns"
+        near = self.acts_in_first_layer or start == "open"
+        self.cross_attn = build_attention(attention, hidden_size, num_layers - 1, num_heads, near, **own)
+        if self.acts_in_first_layer:
+            check_count(out_features, MAX_WIDTH, "out_features")
+            self.columns = (ZeroLinear if start == "identity" else Linear)(hidden_size, out_features, bias=False)
+        else:
+            self.cross_gate = Gate(hidden_size, start=float(start == "open"))
         if self_attention:
             self.self_norm = LayerNorm(hidden_size, eps=1e-6)
             self.self_attn = build_attention(attention, hidden_size, 1, num_heads, **own)
@@ -82,6 +102,15 @@ class MMFuser(Fusion):
         Raises:
             ValueError: another number of maps, maps of unequal shape or another width, or N that is not a square.
         """
+        if self.acts_in_first_layer:
+            return layers[-1].contiguous()  # as without a fuser: a matrix product's rounding depends on the strides
+        return self.cross_gate(layers[-1], self.detail(layers))
+
+    def to_first_layer(self, layers: Sequence[torch.Tensor]) -> torch.Tensor:
+        return self.columns(self.detail(layers))
+
+    def detail(self, layers: Sequence[torch.Tensor]) -> torch.Tensor:
+        """F_sa, what the block adds or the columns read: [B, N, C]."""
         grid = self._grid(layers)
         query = layers[-1]
         shallow = torch.stack(tuple(layers[:-1]), dim=1).flatten(1, 2)  # [B, (L-1)*N, C]
@@ -89,10 +118,10 @@ class MMFuser(Fusion):
         if self.self_attention:
             normed = self.self_norm(fused)
             fused = self.self_gate(fused, self.self_attn(normed, normed, grid))
-        return self.cross_gate(query, fused)
+        return fused
 
     def gate(self) -> nn.Parameter:
-        return self.cross_gate.scale
+        return self.columns.weight if self.acts_in_first_layer else self.cross_gate.scale
 
     def samples(self, layers: Sequence[torch.Tensor]) -> Optional[Tuple[torch.Tensor, torch.Tensor]]:
         samples = getattr(self.cross_attn, "samples", None)

@@ -147,5 +147,5 @@ def build_fusion(fusion: str, hidden_size: int, num_layers: int, out_features: i
         ValueError: heads that do not divide the width.
     """
     if fusion == "mmfuser":
-        return MMFuser(hidden_size, num_layers, **of_mmfuser)
+        return MMFuser(hidden_size, num_layers, out_features=out_features, **of_mmfuser)
     return _SIMPLE[fusion](hidden_size, num_layers, out_features)

@@ -14,7 +14,7 @@ from typing import Any, Callable, Dict, List, Mapping, Optional, Tuple
 
 import torch
 
-from ..block.kinds import FUSIONS
+from ..block.kinds import FUSIONS, refuse_open
 from ..config import FLAG_PREFIX, PROJECTOR_TYPE, MMFuserConfig
 from ..layers import Layers
 from ..names import MARK, Format, from_published, to_published
@@ -134,6 +134,7 @@ def upgrade_settings(
         raise ValueError("config.json has no mm_vision_tower; give --vision-tower PATH")
     settings = MMFuserConfig(**given)
     settings.refuse_useless(given)
+    refuse_open(settings.start, "the checkpoint's")
     if not FUSIONS[settings.fusion].starts_as_identity:
         allowed = " or ".join(name for name, row in FUSIONS.items() if row.starts_as_identity)
         raise ValueError(

@@ -194,7 +194,8 @@ def _authors_code_can(of: Verdict) -> None:
     if settings.layers.name or settings.num_layers != AUTHORS_SETTINGS.num_layers:
         found = f"{settings.layers.setting}={settings.layers} in {file}"
         raise ValueError(f"{found}, but the authors' code fuses exactly five listed layers")
-    theirs = dataclasses.replace(AUTHORS_SETTINGS, layers=settings.layers, projector=settings.projector)
+    own = {name: getattr(settings, name) for name in ("layers", "projector", "start")}  # of the weights no matter
+    theirs = dataclasses.replace(AUTHORS_SETTINGS, **own)
     other = other_setting(settings, theirs)
     if other is not None:
         found = f"{other[0]}={other[1]} in {file} cannot be expressed in the authors' format"

@@ -21,6 +21,13 @@ TRAINING_FLAGS: Tuple[Tuple[str, Any, Any, str], ...] = (
         None,
         "Learning rate of the fuser (paper, 13B pretraining: 1e-4). If not given: that of the projector.",
     ),
+    (
+        "mm_fuser_gate_lr",
+        Optional[str],
+        None,
+        "Learning rate of what opens the fuser, its gates or columns: a number, or inherit, that of the rest. If not "
+        "given: for a fresh fuser, without --mm_fuser_lr, one that can open it in the run's steps.",
+    ),
     ("mm_fuser_log_gates", bool, True, "Log the mean absolute value of the fuser's gates with the loss."),
 )
 _OF_LLAVA = {"mm_projector_type", "mm_vision_select_layer", "vision_tower"}  # train.py defines its class in __main__

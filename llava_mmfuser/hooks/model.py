@@ -14,6 +14,7 @@ from ..names import describe
 from ..patching import applied
 from ..projector import MMFuserProjector
 from ..towers import check_features
+from .optimizer import RATES, parse_gate_rate
 from .run import check_arguments, other_type, resolve_run, seed
 from .wrappers import gathered, is_wrapper, unwrapped
 
@@ -60,7 +61,8 @@ def initialize_vision_modules(original, self, model_args, *args, **kwargs):
         wrapped = is_wrapper(holder)
         self.mm_projector = type(holder)(projector, holder.active_adapter) if wrapped else projector
     self.config.update(settings.to_llava())
-    self.config.mm_fuser_lr = getattr(model_args, "mm_fuser_lr", None)  # as upstream keeps mm_projector_lr
+    for name in RATES:  # as upstream keeps mm_projector_lr
+        setattr(self.config, name, getattr(model_args, name, None))
     original(self, model_args, *args, **kwargs)
     tower = self.get_vision_tower()
     if not isinstance(getattr(tower, "select_layer", None), list):  # a class of the host without a row
@@ -73,6 +75,7 @@ def initialize_vision_modules(original, self, model_args, *args, **kwargs):
     if self.mm_projector is not projector:
         self.mm_projector.original_module.requires_grad_(False)  # upstream unfreezes all that is below mm_projector
     projector.lr = self.config.mm_fuser_lr
+    projector.gate_lr = parse_gate_rate(self.config.mm_fuser_gate_lr)
     projector.log_gates = getattr(model_args, "mm_fuser_log_gates", True)
     if run.adapter is not None and run.shapes != projector.shapes():
         check_shapes(adapter, run.adapter, projector.shapes(), describe(run.adapter))
@@ -87,13 +90,14 @@ def initialize_vision_modules(original, self, model_args, *args, **kwargs):
 
 
 def _check_trainer(model_args: Any) -> None:
-    lr = getattr(model_args, "mm_fuser_lr", None)
+    rates = {name: getattr(model_args, name, None) for name in ("mm_fuser_lr", "mm_fuser_gate_lr")}
     refusal = applied.get(
         "llava.train.llava_trainer",
         "it needs LLaVATrainer, which has not been imported; train with it or drop the flag",
     )
-    if lr is not None and refusal is not None:
-        raise ValueError(f"mm_fuser_lr={lr}: {refusal}")
+    for name, rate in rates.items():
+        if rate is not None and refusal is not None:
+            raise ValueError(f"{name}={rate}: {refusal}")
 
 
 def _put_fuser_in_front(projector: Any, settings: MMFuserConfig, tower: Any) -> MMFuserProjector:
@@ -113,7 +117,7 @@ def report(projector: MMFuserProjector, settings: MMFuserConfig, source: Any, mi
     if total == 0:
         weights = "it has none"
     elif source is None:
-        weights = "fresh, starts as identity"
+        weights = "fresh, starts as identity" if settings.starts_as_identity else "fresh"
     elif not missing:
         weights = f"from {source}"
     elif len(missing) == total:

@@ -11,10 +11,11 @@ import torch
 from torch import nn
 
 from ..checkpoints.files import read_config, read_tensors, save_tensors
-from ..config import FLAG_PREFIX, PROJECTOR_TYPE, MMFuserConfig, read_setting
-from ..layers import spell
+from ..checkpoints.verdict import other_setting
+from ..config import PROJECTOR_TYPE, MMFuserConfig, read_setting
 from ..names import differences
 from . import next as llava_next
+from .optimizer import RATES
 from .wrappers import config_of, find_projector, gathered, replaced
 
 
@@ -99,15 +100,12 @@ def _check_same_settings(model: nn.Module, checkpoint: str) -> None:
     if config.get("mm_projector_type") == PROJECTOR_TYPE:
         running = config_of(model)
         before, now = MMFuserConfig.from_llava(config), MMFuserConfig.from_llava(running)
-        name = now.difference(before)
-        if name is None:
-            name = "lr"  # the optimizer's state would bring the old one back
-            was, is_now = (read_setting(source, FLAG_PREFIX + name) for source in (config, running))
-        else:
-            was, is_now = getattr(before, name), getattr(now, name)
-        if was != is_now:
+        rates = [(name, *(read_setting(source, name) for source in (config, running))) for name in RATES]
+        others = [rate for rate in rates if rate[1] != rate[2]]  # the optimizer's state would bring the old one back
+        changed = other_setting(before, now) or (others[0] if others else None)
+        if changed is not None:
             raise ValueError(
-                f"{checkpoint} was trained with {FLAG_PREFIX}{name}={spell(was)}, but this run has {spell(is_now)}; "
+                f"{checkpoint} was trained with {changed[0]}={changed[1]}, but this run has {changed[2]}; "
                 f"resume with the flags of the interrupted run, or choose another output_dir"
             )
 

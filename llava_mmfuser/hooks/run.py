@@ -11,17 +11,18 @@ from typing import Any, Dict, Mapping, NamedTuple, Optional
 
 import torch
 
-from ..block.kinds import FUSIONS
+from ..block.kinds import FUSIONS, refuse_open
 from ..checkpoints.adapter import match_adapter, read_adapter
 from ..checkpoints.files import read_config
 from ..checkpoints.folder import FULL, folder_kind
+from ..checkpoints.verdict import other_setting
 from ..config import FLAG_PREFIX, PROJECTOR_TYPE, MMFuserConfig, explicit_settings
 from ..layers import spell
 from ..names import Shapes, expected_shapes
 from ..patching import folder_of, is_replaced
 from ..towers import TowerConfig, check_features, check_name, tower_config
 from . import next as llava_next
-from .optimizer import UNTRAINED
+from .optimizer import RATES, UNTRAINED, parse_gate_rate
 
 HOST_CLASSES = {"CLIP": "CLIPVisionTower", "SigLIP": "SigLipVisionTower"}  # kind of tower -> LLaVA's class
 
@@ -55,6 +56,7 @@ def check_arguments(arguments: Any, listed: bool = False) -> None:
     lr = getattr(arguments, "mm_fuser_lr", None)
     if lr is not None and not 0 <= lr < float("inf"):
         raise ValueError(f"mm_fuser_lr={lr} is not allowed; use a number of at least 0, such as 1e-4")
+    parse_gate_rate(getattr(arguments, "mm_fuser_gate_lr", None))
     if arguments.mm_projector_type != PROJECTOR_TYPE:
         names = [name for name in vars(arguments) if name.startswith(FLAG_PREFIX)]
         names += ["mm_vision_select_layer"] if listed else []
@@ -117,14 +119,18 @@ def resolve_run(model_args: Any, start: Mapping[str, Any]) -> Run:
             adapter = match_adapter(path, read_adapter(path), settings, shapes, tower)
         except ValueError as error:
             raise ValueError(f"pretrain_mm_mlp_adapter={error}") from error
+    trained_without = start.get("mm_vision_tower") and start.get("mm_projector_type") != PROJECTOR_TYPE
+    if (trained_without or adapter) and not any(name.startswith("fuser.") for name in adapter or ()):
+        refuse_open(settings.start, path or "the checkpoint's")
     return Run(settings, tower, start, adapter, shapes)
 
 
 def refuse_together(fusion: str, model_args: Any) -> None:
     """Raise ValueError for `ModelArguments` that do not go together with this fusion."""
-    lr = getattr(model_args, "mm_fuser_lr", None)
-    if lr is not None and not FUSIONS[fusion].has_weights:
-        raise ValueError(f"mm_fuser_lr={lr} has no effect with mm_fuser_fusion={fusion}, which has no weights")
+    for name in RATES:
+        lr = getattr(model_args, name, None)
+        if lr is not None and not FUSIONS[fusion].has_weights:
+            raise ValueError(f"{name}={lr} has no effect with mm_fuser_fusion={fusion}, which has no weights")
     if fusion != "token_concat":
         return
     merge_type = getattr(model_args, "mm_patch_merge_type", "flat")
@@ -233,9 +239,9 @@ def _check_output_dir(model_args: Any, training_args: Any, run: Optional[Run]) -
     now["mm_tunable_parts"] = getattr(model_args, "mm_tunable_parts", None)
     if fused and run is not None:
         before = MMFuserConfig.from_llava(config).resolve(run.tower)
-        name = run.settings.difference(before)
-        if name is not None:
-            was[FLAG_PREFIX + name], now[FLAG_PREFIX + name] = getattr(before, name), getattr(run.settings, name)
+        changed = other_setting(before, run.settings)
+        if changed is not None:
+            was[changed[0]], now[changed[0]] = changed[1:]
     setting = next((name for name in was if was[name] != now[name]), None)
     if setting is not None:
         raise ValueError(

@@ -71,13 +71,13 @@ def make_dataset(
         ("heldout", heldout, (0.8, 1.0), (0.8, 1.0)),
         ("validation", validation, (0.7, 0.8), (0.6, 0.8)),
     ):
-        photographs = _photographs(*photograph_span)
+        backgrounds = photographs(*photograph_span)
         pool = np.arange(*(int(part * len(numbers)) for part in digit_span))
         records = []
         for index in range(count):
             row, place = int(random.choice(pool)), random.randint(len(PLACES))
             lamps = [int(random.randint(2)) for _ in range(2)]
-            clean = _lit(_square(photographs[random.randint(len(photographs))], image_size, random), lamps)
+            clean = _lit(_square(backgrounds[random.randint(len(backgrounds))], image_size, random), lamps)
             picture, box = _with_number(clean, digits[row], place, digit_size, random)
             file = f"{name}_{index:05d}.png"
             picture.save(folder / "images" / file)
@@ -122,7 +122,7 @@ def _question_turns(record: Dict, index: int) -> List[Dict]:
     return turns
 
 
-def _photographs(start: float, stop: float) -> List[Image.Image]:
+def photographs(start: float, stop: float) -> List[Image.Image]:
     """Every photograph, cut to the columns between the fractions `start` and `stop` of its width."""
     import skimage
     import sklearn
@@ -132,10 +132,10 @@ def _photographs(start: float, stop: float) -> List[Image.Image]:
         "sklearn": Path(sklearn.__file__).parent / "datasets" / "images",
     }
     names = (name.split(":") for name in PHOTOGRAPHS)
-    photographs = [Image.open(folders[library] / file).convert("RGB") for library, file in names]
+    whole = [Image.open(folders[library] / file).convert("RGB") for library, file in names]
     return [
         photograph.crop((int(photograph.width * start), 0, int(photograph.width * stop), photograph.height))
-        for photograph in photographs
+        for photograph in whole
     ]
 
 

@@ -5,8 +5,9 @@ import pytest
 import torch
 from blocks import HALF_TOLERANCE, awake, close, maps
 
-from llava_mmfuser import MMFuser
-from llava_mmfuser.block.kinds import ATTENTION_KINDS
+from llava_mmfuser import MMFuser, MMFuserConfig, MMFuserProjector
+from llava_mmfuser.block.kinds import ATTENTION_KINDS, OUTPUTS, STARTS
+from llava_mmfuser.block.leaves import reset
 
 
 @pytest.mark.parametrize(
@@ -92,6 +93,95 @@ def test_fresh_block_returns_the_query_layer_bit_for_bit(dtype):
     assert torch.equal(fuser(layers), layers[-1])
 
 
+def in_front(inner, num_layers=3, **settings):
+    settings = MMFuserConfig(layers=tuple(range(num_layers)), num_heads=4, num_points=2, **settings)
+    return MMFuserProjector.build(settings, 16, inner)
+
+
+def mlp():
+    return torch.nn.Sequential(torch.nn.Linear(16, 24), torch.nn.GELU(), torch.nn.Linear(24, 24))
+
+
+@pytest.mark.parametrize("self_attention", [True, False])
+@pytest.mark.parametrize("linear", [True, False], ids=["linear", "mlp"])
+def test_columns_are_read_beside_the_query_in_outputs_and_all_gradients(self_attention, linear):
+    """One wider first layer on [F_L, F_sa], of which the query's columns are the projector's own."""
+    inner = torch.nn.Linear(16, 24) if linear else mlp()
+    fused = in_front(inner.double(), output="columns", self_attention=self_attention).double()
+    awake(fused.fuser)
+    layers = maps(3)
+    own = {**dict(fused.fuser.named_parameters()), "cross_gate.scale": torch.ones(16).double()}
+    detail = paper.mmfuser(layers, own, 4, 2, self_attention) - layers[-1]
+    first = fused if linear else fused[0]
+    weight = torch.cat([first.weight, fused.fuser.columns.weight], 1)
+    expected = torch.nn.functional.linear(torch.cat([layers[-1], detail], -1), weight, first.bias)
+    expected = expected if linear else fused[2](fused[1](expected))
+    out = fused(torch.cat(layers, -1))
+    assert close(out, expected, 1e-9)
+    inputs = [*layers, *fused.parameters()]
+    cotangent = torch.randn_like(out)
+    found = torch.autograd.grad(out, inputs, cotangent)
+    wanted = torch.autograd.grad(expected, inputs, cotangent)
+    assert all(close(f, w, 1e-9) for f, w in zip(found, wanted))
+
+
+def test_cls_passes_the_columns_by():
+    inner = mlp()
+    fused = in_front(inner, output="columns")
+    awake(fused.fuser)
+    layers = [torch.randn(2, 17, 16) for _ in range(3)]
+    out = fused(torch.cat(layers, -1))
+    torch.testing.assert_close(out[:, 0], inner(layers[-1][:, 0]))
+    torch.testing.assert_close(out[:, 1:], fused(torch.cat([layer[:, 1:] for layer in layers], -1)))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("output", OUTPUTS)
+@pytest.mark.parametrize("start", STARTS)
+@pytest.mark.parametrize("kind", ATTENTION_KINDS)
+def test_projector_changes_nothing_at_first_unless_it_starts_open(kind, start, output, dtype):
+    inner = mlp().to(dtype)
+    fused = in_front(inner, attention=kind, start=start, output=output).to(dtype)
+    assert fused.fuser.is_identity() == (start == "identity")
+    for batch in (1, 3):  # a projector of one picture may round otherwise
+        features = torch.randn(batch, 17, 3 * 16, dtype=dtype)[:, 1:]  # a view behind CLS, as LLaVA's
+        expected = inner(torch.randn(batch, 17, 16, dtype=dtype)[:, 1:].copy_(features[..., -16:]))
+        assert torch.equal(fused(features), expected) == (start == "identity")
+
+
+@pytest.mark.parametrize("output", OUTPUTS)
+def test_who_starts_open_or_reads_columns_looks_at_the_querys_own_cell(output):
+    fuser = in_front(mlp(), start="open", output=output).fuser
+    layers = maps(3, side=5, dtype=torch.float32)
+    places, weights = fuser.samples(layers)
+    row, column = torch.arange(25) // 5, torch.arange(25) % 5
+    away = (places - torch.stack([column, row], -1).view(1, 25, 1, 1, 1, 2)).abs()
+    assert 0 < away.amax() <= 0.25 and torch.all(weights == 1 / 4)
+    assert places[0, 0, 0, 0].unique(dim=0).shape[0] == 2, "points at the same place would stay together"
+    ring = in_front(mlp()).fuser.samples(layers)[0]
+    assert ring[0, 12, :, 0, 0].sub(torch.tensor([2.0, 2.0])).abs().amax() == 1
+    if output == "add":
+        assert torch.equal(fuser.cross_gate.scale, torch.ones(16))
+        assert close(fuser(layers), layers[-1] + fuser.detail(layers), 1e-6)
+    else:
+        bound = math.sqrt(6 / (16 + 24))
+        assert 0.8 * bound < fuser.columns.weight.abs().max() <= bound
+    assert fuser.self_gate.scale.count_nonzero() == 0
+    assert in_front(mlp(), output="columns").fuser.columns.weight.shape == (24, 16)
+
+
+@pytest.mark.parametrize("output", OUTPUTS)
+@pytest.mark.parametrize("start", STARTS)
+def test_weights_that_a_checkpoint_lacks_get_this_starts_values(output, start):
+    fuser = in_front(mlp(), start=start, output=output).fuser
+    fresh = {name: value.clone() for name, value in fuser.state_dict().items()}
+    awake(fuser)
+    reset(fuser, fresh)
+    for name, value in fuser.state_dict().items():
+        drawn = name.endswith("_proj.weight") or (name == "columns.weight" and start == "open")
+        assert torch.equal(value, fresh[name]) != drawn, name
+
+
 def test_frozen_features_need_no_gradient_and_the_norms_learn_all_the_same():
     """The norms' scale and shift go into the projections behind them, so what these read is as frozen as the tower."""
     fuser = awake(MMFuser(16, 3, 4).double())
@@ -131,15 +221,16 @@ def test_initial_values_are_the_papers():
     assert fuser.cross_gate.scale.count_nonzero() == fuser.self_gate.scale.count_nonzero() == 0
 
 
+@pytest.mark.parametrize("output", OUTPUTS)
 @pytest.mark.parametrize("kind", ATTENTION_KINDS)
-def test_training_wakes_the_gates_and_then_everything_learns(kind):
-    fuser = MMFuser(16, 3, 4, attention=kind)
-    layers, target = [layer.detach() for layer in maps(3, dtype=torch.float32)], torch.randn(2, 16, 16)
+def test_training_wakes_the_gates_and_then_everything_learns(kind, output):
+    fused = in_front(mlp().requires_grad_(False), attention=kind, output=output)
+    fuser, layers, target = fused.fuser, torch.randn(2, 16, 3 * 16), torch.randn(2, 16, 24)
     before = {name: parameter.detach().clone() for name, parameter in fuser.named_parameters()}
     optimizer = torch.optim.Adam(fuser.parameters(), lr=1e-2)
     losses = []
     for _ in range(20):
-        loss = (fuser(layers) - target).pow(2).mean()
+        loss = (fused(layers) - target).pow(2).mean()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -149,7 +240,7 @@ def test_training_wakes_the_gates_and_then_everything_learns(kind):
 
 
 def test_parameter_names_survive_transformers_peft_and_llava():
-    names = [name for name, _ in MMFuser(16, 3, 4).named_parameters()]
+    names = [name for output in OUTPUTS for name, _ in in_front(mlp(), output=output).fuser.named_parameters()]
     forbidden = ("gamma", "beta", "mm_projector", "vision_tower", "vision_resampler", "lm_head")
     suffixes = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
     for name in names:
@@ -202,6 +293,9 @@ def test_nan_in_nan_out():
         (dict(num_heads=0), "mm_fuser_num_heads=0"),
         (dict(num_heads=4, num_points=0), "mm_fuser_num_points=0"),
         (dict(attention="sparse"), "mm_fuser_attention='sparse' is not allowed; use deformable"),
+        (dict(num_heads=4, output="concat"), "mm_fuser_output='concat' is not allowed; use add or columns"),
+        (dict(num_heads=4, start="paper"), "mm_fuser_start='paper' is not allowed; use identity or open"),
+        (dict(num_heads=4, output="columns"), "out_features=0 is not allowed; use a whole number from 1"),
     ],
 )
 def test_settings_that_cannot_work_are_refused(settings, message):

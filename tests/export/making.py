@@ -29,6 +29,7 @@ KINDS = {
     "dense": ({"mm_fuser_attention": "dense", "mm_fuser_self_attention": False}, None),
     "window": ({"mm_fuser_attention": "window", "mm_vision_select_feature": "cls_patch"}, None),
     "linear": ({"mm_fuser_projector": "linear"}, None),
+    "detail": ({"mm_fuser_output": "columns"}, None),
     "deep": ({"mm_fuser_projector": "mlp3x_gelu", "mm_fuser_fusion": "channel_concat"}, None),
     "tokens": ({"mm_fuser_fusion": "token_concat", "image_aspect_ratio": "square"}, None),
     "mean": ({"mm_fuser_fusion": "mean"}, True),

@@ -45,7 +45,7 @@ def route(flags):
 
 
 @pytest.mark.fp16_cpu
-@pytest.mark.parametrize("flags", map(route, ROUTES))
+@pytest.mark.parametrize("flags", [route(flags) for flags in ROUTES])
 def test_trains_saves_reloads_and_answers_through_upstreams_scripts(world, tmp_path, flags):
     pretrained, finetuned = tmp_path / "llava-pretrain", tmp_path / "llava-finetune"
     flags = {**flags, "mm_fuser_layers": "shallow"}

@@ -4,14 +4,13 @@ import json
 import os
 import sys
 import time
-from types import SimpleNamespace
 
 import host
 import pytest
 import torch
 
 from llava_mmfuser import MMFuser
-from llava_mmfuser.hooks.optimizer import gate_means, regroup, warn_if_shut
+from llava_mmfuser.hooks.optimizer import gate_means, regroup
 from llava_mmfuser.hooks.resuming import load_trainables, save_trainables
 
 
@@ -161,28 +160,6 @@ def test_gates_are_logged_beside_the_loss(world, tmp_path, on):
     assert logged[-1]["mm_fuser_self_gate"] > 0 and not any(
         "mm_fuser_cross_gate" in e for e in history if "loss" not in e
     )
-
-
-@pytest.mark.parametrize(
-    "lr, gate, step, warned",
-    [
-        (2e-5, 0.001, 150, True),  # LLaVA's finetuning of a released model: 5000 * 2e-5 / 2 = 0.05
-        (2e-5, 0.001, 140, False),  # still warming up, the last ten of 150 steps
-        (2e-5, 0.001, 160, False),  # said before
-        (2e-5, 0.02, 150, False),  # stage 1 opened it
-        (1e-3, 0.001, 150, False),  # it has far to go, but can
-    ],
-)
-def test_gates_that_stay_shut_are_pointed_out_once(caplog, lr, gate, step, warned):
-    args = SimpleNamespace(learning_rate=lr, get_warmup_steps=lambda steps: 145)
-    state = SimpleNamespace(global_step=step, max_steps=5000, logging_steps=10)
-    trainer = SimpleNamespace(args=args, state=state, is_world_process_zero=lambda: True)
-    warn_if_shut(trainer, None, {"mm_fuser_cross_gate": gate})
-    assert warned == ("--mm_fuser_lr 2e-04" in caplog.text)
-    caplog.clear()
-    warn_if_shut(trainer, 1e-3, {"mm_fuser_cross_gate": gate})
-    warn_if_shut(trainer, None, {})
-    assert not caplog.text, "the fuser's own rate counts, and a fusion without a gate has nothing to say"
 
 
 @pytest.mark.deepspeed_cpu
