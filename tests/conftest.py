@@ -24,6 +24,7 @@ def pytest_configure(config):
     config.addinivalue_line("markers", "gpu: needs a CUDA device")
     config.addinivalue_line("markers", "serve: LLaVA's own serving, all of it in scripts/test.sh serve")
     config.addinivalue_line("markers", "slow: not in scripts/test.sh quick")
+    config.addinivalue_line("markers", "matrix: on the current stack only; another case stands for it elsewhere")
 
 
 def pytest_collection_modifyitems(items):
@@ -76,13 +77,15 @@ def interrupted_start(monkeypatch):
 @pytest.fixture(scope="session")
 def world(tmp_path_factory):
     """Folder with `data`, `llama` and `clip`: all that train.py needs, tiny and random."""
+    import host
     from toy import models, pictures
 
-    folder = tmp_path_factory.mktemp("world")
-    pictures.make_dataset(folder / "data")
-    models.make_llama(folder / "llama", hidden_size=64)
-    models.make_clip(folder / "clip")
-    return folder
+    def make(folder):
+        pictures.make_dataset(folder / "data")
+        models.make_llama(folder / "llama", hidden_size=64)
+        models.make_clip(folder / "clip")
+
+    return host.once(host.shared(tmp_path_factory) / "world", make)
 
 
 @pytest.fixture

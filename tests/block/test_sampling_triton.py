@@ -23,7 +23,7 @@ if _BEFORE is None:
 _REASON = unavailable(DEVICE, torch.float32)
 if DEVICE == "cpu" and isinstance(triton.language.sum, triton.JITFunction):
     _REASON = "something imported triton before its interpreter was asked for"
-pytestmark = pytest.mark.skipif(_REASON is not None, reason=str(_REASON))
+pytestmark = [pytest.mark.matrix, pytest.mark.skipif(_REASON is not None, reason=str(_REASON))]
 
 # Largest deviation from the float64 reference on the same rounded inputs, relative to its largest value. The
 # interpreter cuts bfloat16 off where a GPU rounds it.

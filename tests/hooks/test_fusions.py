@@ -35,10 +35,17 @@ def test_more_tokens_than_a_sequence_may_have_are_refused_before_training():
 ROUTES = [dict(mm_fuser_fusion=fusion) for fusion in SIMPLE] + [
     dict(mm_fuser_attention=kind, mm_fuser_num_heads=4) for kind in ("dense", "window")
 ]
+FOR_ALL = ("weighted_sum", "window")  # one that folds, and one that attends
+
+
+def route(flags):
+    name = "-".join(map(str, flags.values()))
+    chosen = any(kind in name for kind in FOR_ALL)
+    return pytest.param(flags, id=name, marks=() if chosen else (pytest.mark.matrix, pytest.mark.slow))
 
 
 @pytest.mark.fp16_cpu
-@pytest.mark.parametrize("flags", ROUTES, ids=["-".join(map(str, flags.values())) for flags in ROUTES])
+@pytest.mark.parametrize("flags", [route(flags) for flags in ROUTES])
 def test_trains_saves_reloads_and_answers_through_upstreams_scripts(world, tmp_path, flags):
     pretrained, finetuned = tmp_path / "llava-pretrain", tmp_path / "llava-finetune"
     flags = {**flags, "mm_fuser_layers": "shallow"}

@@ -8,12 +8,11 @@ import shutil
 import sys
 from types import SimpleNamespace
 
-import host
 import pytest
 import torch
 from llava.model import LlavaLlamaForCausalLM, builder
 from safetensors.torch import load_file, save_file
-from tiny import arguments, model_with
+from tiny import arguments, model_with, parse
 from transformers import modeling_utils
 
 from llava_mmfuser.__main__ import main
@@ -292,15 +291,6 @@ def test_exchanged_tower_is_refused(take, world, tmp_path, unread):
     with pytest.raises(ValueError, match=message):
         LlavaLlamaForCausalLM.from_pretrained(folder)
     assert re.search(message, inspect(str(folder))[1])
-
-
-def parse(world, output, stage="finetune", **options):
-    """As train.py reads its flags."""
-    import transformers
-    from llava.train import train
-
-    parser = transformers.HfArgumentParser((train.ModelArguments, train.DataArguments, train.TrainingArguments))
-    return parser.parse_args_into_dataclasses(list(map(str, host.train_arguments(world, output, stage, **options))))
 
 
 @pytest.mark.parametrize(

@@ -78,7 +78,15 @@ def same(one, other):
 
 
 @pytest.mark.parametrize("start", ["language model", "released", "fuser missing"])
-@pytest.mark.parametrize("kind", [*ATTENTION_KINDS, *[name for name in FUSIONS if name != "mmfuser"]])
+@pytest.mark.parametrize(
+    "kind",
+    ["deformable"]
+    + [
+        pytest.param(kind, marks=pytest.mark.matrix)
+        for kind in (*ATTENTION_KINDS, *FUSIONS)
+        if kind not in ("deformable", "mmfuser")
+    ],
+)
 def test_fresh_fuser_follows_the_seed_and_all_else_is_as_without_it(world, tmp_path, kind, start):
     flags = ("--mm_fuser_attention" if kind in ATTENTION_KINDS else "--mm_fuser_fusion", kind)
 
@@ -166,7 +174,11 @@ class Remember(transformers.TrainerCallback):
 
 
 @pytest.mark.parametrize("kind", ["full", "lora", "stage 1"])
-@pytest.mark.parametrize("fusion", ["mmfuser", "weighted_sum", "channel_concat", "dense_channel", "mean"])
+@pytest.mark.parametrize(
+    "fusion",
+    ["mmfuser", "mean"]
+    + [pytest.param(name, marks=pytest.mark.matrix) for name in ("weighted_sum", "channel_concat", "dense_channel")],
+)
 def test_fresh_fuser_cannot_be_frozen(world, tmp_path, monkeypatch, kind, fusion):
     said = []
     monkeypatch.setattr(ours.logger, "info", said.append)

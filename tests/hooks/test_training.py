@@ -6,13 +6,14 @@ import sys
 import host
 import pytest
 import torch
-from tiny import SEEDED, answer
+from tiny import SEEDED, answer, parse
 
 from llava_mmfuser import MMFuser
 
 FUSER_NAMES = {"model.mm_projector.fuser." + name for name, _ in MMFuser(64).named_parameters()}
 MLP_NAMES = {f"model.mm_projector.{layer}.{kind}" for layer in (0, 2) for kind in ("weight", "bias")}
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port"]
+FORKED = [sys.executable, host.HERE / "ranks.py", "2"]
 
 
 @pytest.fixture(scope="module")
@@ -106,14 +107,17 @@ def test_logits_after_reload_equal_those_before_saving(world, folder, pretrained
 
 
 def launch(world, output, kind, stage="pretrain", **options):
-    """By torchrun, and by DeepSpeed's launcher for what LLaVA's own scripts do with it; other ranks are forked."""
+    """By torchrun for stage 1, and by DeepSpeed's launcher for what LLaVA's own scripts do with it; other ranks are
+    forked."""
     if kind == "torchrun":
         options.update(ddp_backend="gloo")
-        done = host.train(world, output, stage, launcher=TORCHRUN + [host.free_port()], check=False, **options)
-        if "terminate called without an active exception" not in done.stdout:  # gloo's threads, as a rank ends, once in
-            assert done.returncode == 0, done.stdout[-6000:]  # a while: nothing of ours or LLaVA's, so once more
-            return done
-        return host.train(world, output, stage, launcher=TORCHRUN + [host.free_port()], **options)
+        for check in (False, True):
+            launcher = TORCHRUN + [host.free_port()] if stage == "pretrain" else FORKED
+            done = host.train(world, output, stage, launcher=launcher, check=check, **options)
+            if "terminate called without an active exception" not in done.stdout:  # gloo's threads, as a rank ends,
+                break  # once in a while: nothing of ours or LLaVA's, so once more
+        assert done.returncode == 0, done.stdout[-6000:]
+        return done
     if (kind, stage) in (("ZeRO-2", "pretrain"), ("ZeRO-3", "finetune")):
         options.update(launcher=host.deepspeed_launcher())
     return host.deepspeed(world, output, host.zero(output.parent, int(kind[-1])), stage, **options)
@@ -149,7 +153,7 @@ assert model.get_model().mm_projector.fuser.cross_gate.scale.abs().max() > 0
     assert f"fuser weights: from {finetune}" in host.python(code).stdout
 
 
-@pytest.mark.parametrize("kind", ["mlp2x_gelu", "linear"])
+@pytest.mark.parametrize("kind", ["mlp2x_gelu", pytest.param("linear", marks=pytest.mark.matrix)])
 def test_other_projector_types_train_bit_for_bit_as_without_the_package(world, tmp_path, kind):
     saved, launcher = [], [sys.executable, "-c", SEEDED]
     for switch in (None, "1"):
@@ -200,7 +204,6 @@ torch.save([logits.detach(), dict(model.named_parameters())], {str(output / "sta
             "mm_vision_select_layer=3,99: layer 99 does not exist; this vision tower has 8 blocks",
         ),
         (dict(mm_vision_select_layer="7,3"), "mm_vision_select_layer=7,3 is not in order"),
-        (dict(mm_vision_select_layer="3;7"), "is not a list of layers"),
         (dict(mm_fuser_layers="7"), "mm_fuser_layers=7 names 1 layer"),
         (dict(mm_fuser_layers="3,3,7"), "mm_fuser_layers=3,3,7 names a layer twice"),
         (dict(mm_fuser_num_heads="5"), "mm_fuser_num_heads=5 does not divide the feature width 64"),
@@ -211,9 +214,25 @@ torch.save([logits.detach(), dict(model.named_parameters())], {str(output / "sta
             dict(mm_projector_type="mlp2x_gelu", mm_fuser_num_heads=4),
             "mm_fuser_num_heads was given, which needs mm_projector_type=mmfuser",
         ),
+        (dict(mm_fuser_lr=-1), "mm_fuser_lr=-1.0 is not allowed; use a number of at least 0"),
+        (dict(mm_fuser_lr="nan"), "mm_fuser_lr=nan is not allowed"),
+        (
+            dict(mm_projector_type="mlp2x_gelu", mm_fuser_lr=1e-4),
+            "mm_fuser_lr was given, which needs mm_projector_type",
+        ),
     ],
 )
-def test_wrong_flags_fail_before_any_weight_is_read(world, tmp_path, options, message):
+def test_wrong_flags_fail_in_upstreams_parser(world, tmp_path, options, message):
+    with pytest.raises(ValueError) as error:
+        parse(world, tmp_path / "out", model_name_or_path=tmp_path / "no-such-model", **options)
+    assert message in str(error.value) and "\n" not in str(error.value)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "options,message", [(dict(mm_vision_select_layer="3;7"), "is not a list of layers"), (dict(mm_fuser_lr=-1), "-1.0")]
+)
+def test_train_py_ends_with_what_its_parser_refuses_before_any_weight_is_read(world, tmp_path, options, message):
     done = host.train(world, tmp_path / "out", check=False, model_name_or_path=tmp_path / "no-such-model", **options)
     assert done.returncode != 0 and message in done.stdout.splitlines()[-1], done.stdout[-2000:]
     assert not (tmp_path / "out").exists()
@@ -221,7 +240,7 @@ def test_wrong_flags_fail_before_any_weight_is_read(world, tmp_path, options, me
 
 @pytest.mark.parametrize("spelling", ["=-6,-4,-2", "list-6/-4/-2", "3,5,7"])
 def test_layers_on_the_command_line(world, tmp_path, spelling):
-    arguments = host.train_arguments(world, tmp_path / "llava", mm_vision_select_layer=None)
+    arguments = host.train_arguments(world, tmp_path / "llava", mm_vision_select_layer=None, max_steps=1)
     flag = ["--mm_vision_select_layer" + spelling] if spelling[0] == "=" else ["--mm_vision_select_layer", spelling]
     host.run([sys.executable, host.train_py()] + arguments + flag)
     config = json.loads((tmp_path / "llava" / "config.json").read_text())

@@ -1,14 +1,18 @@
 """Runs LLaVA's unmodified train.py and loaders on tiny models, in subprocesses, as a user would."""
 
 import contextlib
+import fcntl
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
+
+import pytest
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
@@ -91,6 +95,25 @@ def train(world, output, stage="pretrain", launcher=None, env=None, check=True, 
     return run(command, env=env, check=check)
 
 
+def shared(factory):
+    """A folder that the workers of these tests have in common; `factory` makes pytest's own."""
+    folder = factory.getbasetemp()
+    return folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder
+
+
+def once(output, make):
+    """`output` after make(output) by the worker of these tests that comes first; the others wait for it."""
+    with open(f"{output}.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not output.exists():
+            try:
+                make(output)
+            except BaseException:
+                shutil.rmtree(output, ignore_errors=True)
+                raise
+    return output
+
+
 def free_port():
     """A TCP port that nobody listens on."""
     with socket.socket() as listener:
@@ -109,8 +132,9 @@ def zero(folder, stage):
         )
     auto = dict.fromkeys(("train_micro_batch_size_per_gpu", "train_batch_size", "gradient_accumulation_steps"), "auto")
     file = Path(folder) / f"zero{stage}.json"
-    file.write_text(json.dumps({**auto, "bf16": {"enabled": "auto"}, "zero_optimization": settings}))
-    return file
+    part = file.with_suffix(f".{os.getpid()}")  # another worker may be reading it
+    part.write_text(json.dumps({**auto, "bf16": {"enabled": "auto"}, "zero_optimization": settings}))
+    return part.replace(file)
 
 
 def deepspeed_command(world, output, configuration, stage="pretrain", launcher=None, **options):
@@ -123,6 +147,8 @@ def deepspeed_command(world, output, configuration, stage="pretrain", launcher=N
 
 def deepspeed_launcher():
     """DeepSpeed's own launcher, which starts each rank afresh, with two ranks."""
+    if not shutil.which("numactl"):
+        pytest.skip("numactl is missing, which DeepSpeed's launcher asks about a CPU's cores")
     return [Path(sys.executable).with_name("deepspeed"), "--num_gpus", "2", "--master_port", free_port()]
 
 

@@ -40,11 +40,30 @@ def test_each_fork_draws_its_own_seeds_and_has_its_own_variables():
 
 
 @pytest.mark.parametrize(
-    "options,variables", [(["-S"], {}), (["-m", "json"], {}), ([], {"PYTHONPATH": "/"}), ([], {"HF_HUB_OFFLINE": "0"})]
+    "options,variables",
+    [(["-S"], {}), (["-m", "json"], {}), ([], {"PYTHONPATH": "{folder}"}), ([], {"HF_HUB_OFFLINE": "0"})],
 )
-def test_what_a_fork_cannot_be_starts_afresh(options, variables):
+def test_what_a_fork_cannot_be_starts_afresh(tmp_path, options, variables):
+    (tmp_path / "sitecustomize.py").touch()
     command = [sys.executable, *options, "-c", "pass"]
+    variables = {name: value.format(folder=tmp_path) for name, value in variables.items()}
     assert not warm.runs(command, host.environment(**variables), host.USUAL)
+
+
+@pytest.mark.parametrize("fresh", [True, False])
+def test_modules_run_with_their_folder_before_what_is_installed(tmp_path, fresh):
+    (tmp_path / "llava").mkdir()
+    (tmp_path / "llava" / "__init__.py").touch()
+    (tmp_path / "llava" / "own.py").write_text(
+        "import llava, os, sys\nassert sys.modules['__main__'].__dict__ is globals()\n"
+        "print(__name__, sys.argv, os.path.dirname(llava.__file__), sys.path[:2])"
+    )
+    env = host.environment(PYTHONPATH=str(tmp_path), **({"PYTHONNOUSERSITE": "1"} if fresh else {}))
+    command = [sys.executable, "-m", "llava.own", "a b"]
+    assert warm.runs(command, env, host.USUAL) != fresh
+    file = tmp_path / "llava" / "own.py"
+    printed = f"__main__ {[str(file), 'a b']} {file.parent} {[os.getcwd(), str(tmp_path)]}"
+    assert host.run(command, env=env).stdout.splitlines() == [printed]
 
 
 @pytest.mark.parametrize("disabled", [None, "1"])
@@ -114,7 +133,11 @@ def test_interrupted_tests_leave_no_process_behind(tmp_path, number):
     code = f"import host, sys; host.run([sys.executable, '-c', {SLEEP!r}, {str(tmp_path / 'pids')!r}])"
     with tempfile.TemporaryFile() as log:
         tests = subprocess.Popen(
-            [sys.executable, "-c", code], env=host.environment(PYTHONPATH=str(host.HERE)), stdout=log, stderr=log
+            [sys.executable, "-c", code],
+            env=host.environment(PYTHONPATH=str(host.HERE)),
+            stdout=log,
+            stderr=log,
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a background job's tests ignore it
         )
         while not (tmp_path / "pids").exists():
             assert tests.poll() is None

@@ -44,6 +44,15 @@ def model_with(world, **settings):
     return model
 
 
+def parse(world, output, stage="finetune", **options):
+    """As train.py reads its flags."""
+    import transformers
+    from llava.train import train
+
+    parser = transformers.HfArgumentParser((train.ModelArguments, train.DataArguments, train.TrainingArguments))
+    return parser.parse_args_into_dataclasses(list(map(str, host.train_arguments(world, output, stage, **options))))
+
+
 IMAGES = torch.rand(3, 3, 28, 28)
 # Answers a held-out question through LLaVA's own loader, as llava/eval/model_vqa.py does.
 ANSWER = """

@@ -8,6 +8,7 @@ import atexit
 import contextlib
 import json
 import os
+import runpy
 import select
 import signal
 import socket
@@ -23,16 +24,20 @@ LIBRARIES = """torch sklearn transformers.trainer transformers.models.llama.mode
     transformers.models.mistral.modeling_mistral""".split()
 # Libraries or the hook read these as they start: an interpreter for each of their values.
 READ_AT_START = {"DS_ACCELERATOR", "LLAVA_MMFUSER_DISABLE"}
-# These are read where they are used.
+# These are read where they are used, or a fork catches up on them.
 READ_LATE = {"RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"}
+READ_LATE |= {"PYTHONPATH"}
 _interpreters = {}
 
 
 def runs(command, env, usual):
-    """Whether a fork is the same as a fresh process: a script or `-c`, in the `usual` environment but for the above."""
+    """Whether a fork is the same as a fresh process: a script, `-c`, or `-m` with a module of LLaVA or of this package,
+    in the `usual` environment but for the above."""
     differing = {name for name in {*env, *usual} if env.get(name) != usual.get(name)}
-    python = command[0] == sys.executable and (command[1] == "-c" or command[1].endswith(".py"))
-    return python and differing <= READ_AT_START | READ_LATE
+    ours = command[1] == "-m" and command[2].split(".")[0] in ("llava", "llava_mmfuser")
+    python = command[0] == sys.executable and (ours or command[1] == "-c" or command[1].endswith(".py"))
+    starts = any(Path(folder, "sitecustomize.py").exists() for folder in env.get("PYTHONPATH", "").split(os.pathsep))
+    return python and not starts and differing <= READ_AT_START | READ_LATE
 
 
 class Process:
@@ -161,6 +166,12 @@ def _become(command, env, cwd):
     os.chdir(cwd)
     draw_seeds()
     main = sys.modules["__main__"] = type(sys)("__main__")
+    sys.path[:0] = [folder for folder in env["PYTHONPATH"].split(os.pathsep) if folder]
+    if command[1] == "-m":
+        sys.argv = command[2:]
+        sys.path.insert(0, os.getcwd())
+        runpy._run_module_as_main(command[2])  # what `python -m` does
+        return
     if command[1] == "-c":
         code, sys.argv = compile(command[2], "<string>", "exec"), ["-c", *command[3:]]
         sys.path.insert(0, "")

@@ -168,6 +168,7 @@ def found(folder):
 
 
 @pytest.mark.fp16_cpu
+@pytest.mark.slow
 def test_a_local_task_scores_as_by_hand_and_as_llavas_own_script_answers(asked, tasks, checkpoints, scored):
     folder, output = scored
     toy = found(folder)["suites"][0]
@@ -193,6 +194,7 @@ def test_a_local_task_scores_as_by_hand_and_as_llavas_own_script_answers(asked, 
 
 
 @pytest.mark.fp16_cpu
+@pytest.mark.slow
 def test_missing_data_keys_and_tasks_are_named_and_other_suites_go_on(scored):
     _, output = scored
     assert "its data could not be read: " in output and "GQA" in output and "by --include_path" in output
@@ -209,10 +211,29 @@ def test_an_interrupt_while_a_process_starts_ends_it(interrupted_start):
 
 
 @pytest.mark.fp16_cpu
-def test_an_interrupted_evaluation_leaves_no_process_and_goes_on(checkpoints, tasks, scored):
+@pytest.mark.slow
+def test_what_was_scored_is_kept(checkpoints, tasks, scored):
     folder, _ = scored
-    plain, fused = checkpoints
-    arguments = (fused, "toy", "other", "--include_path", tasks, "--output", folder)
+    before = folder_of(folder, "llava-mmfuser")
+    output = evaluate(checkpoints[1], "toy", "--include_path", tasks, "--output", folder)
+    assert "toy: kept from an earlier run" in output and folder_of(folder, "llava-mmfuser") == before
+    assert row(output, "toy")[0] == "exact_match"
+
+
+def folder_of(folder, name):
+    """Times of the samples below a checkpoint's results."""
+    return {file: file.stat().st_mtime_ns for file in folder.glob(f"{name}-*/*/samples_*.jsonl")}
+
+
+@pytest.mark.fp16_cpu
+@pytest.mark.slow
+def test_an_adapter_with_its_base_is_scored_from_any_path_after_an_interrupt_that_leaves_no_process(
+    world, tasks, tmp_path
+):
+    adapter, folder = tmp_path / "a=1" / "fuser-adapter", tmp_path / "scores"
+    host.train(world, adapter, "pretrain", max_steps=1)
+    assert "only a part (adapter" in evaluate(adapter, "other", code=2)
+    arguments = (adapter, "other", "--base", world / "llama", "--include_path", tasks, "--output", folder)
     evaluation = subprocess.Popen(
         list(map(str, command(*arguments))),
         env=environ(),
@@ -223,10 +244,9 @@ def test_an_interrupted_evaluation_leaves_no_process_and_goes_on(checkpoints, ta
     )
     try:
         kept, line = "", ""
-        while not line.startswith("== llava-mmfuser: other"):
+        while not line.startswith("== llava-fuser-adapter: other"):
             kept, line = kept + line, evaluation.stdout.readline()
             assert line, kept
-        assert "toy: kept from an earlier run" in kept
         deadline = time.monotonic() + 60
         while not processes(folder):
             assert time.monotonic() < deadline
@@ -237,9 +257,9 @@ def test_an_interrupted_evaluation_leaves_no_process_and_goes_on(checkpoints, ta
         with contextlib.suppress(ProcessLookupError):
             os.killpg(evaluation.pid, signal.SIGKILL)
     assert not list(folder.glob("*/*.partial-*")) and not list(folder.glob("*/other"))
-    output = evaluate(*arguments)
-    assert "toy: kept" in output and "other: kept" not in output
-    assert row(output, "other")[0] == "exact_match"
+    assert row(evaluate(*arguments), "other")[0] == "exact_match"
+    log = next(folder.glob("llava-fuser-adapter-*/other.log")).read_text()
+    assert f"fuser weights: none of 24 tensors is in {world / 'llama'}; starts as identity unless an adapter" in log
 
 
 def processes(folder):
@@ -252,17 +272,7 @@ def processes(folder):
     return found
 
 
-@pytest.mark.fp16_cpu
-def test_an_adapter_is_scored_with_its_base_from_any_path(world, tasks, tmp_path):
-    adapter = tmp_path / "a=1" / "fuser-adapter"
-    host.train(world, adapter, "pretrain", max_steps=1)
-    assert "only a part (adapter" in evaluate(adapter, "other", code=2)
-    given = (adapter, "other", "--base", world / "llama", "--include_path", tasks, "--output", tmp_path / "scores")
-    assert row(evaluate(*given), "other")[0] == "exact_match"
-    log = next((tmp_path / "scores").glob("llava-fuser-adapter-*/other.log")).read_text()
-    assert f"fuser weights: none of 24 tensors is in {world / 'llama'}; starts as identity unless an adapter" in log
-
-
+@pytest.mark.slow
 def test_every_suites_tasks_and_metric_are_the_harnesss_and_llavas_python_stays_as_it_is():
     python = harness.environment(ENVIRONMENTS)
     assert importlib.util.find_spec("lmms_eval") is None and python.is_relative_to(ENVIRONMENTS)
@@ -307,6 +317,7 @@ def test_wrong_arguments_are_refused_before_anything_is_installed(
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_an_environment_that_cannot_be_finished_leaves_nothing(tmp_path):
     output = evaluate("owner/name", "gqa", code=2, EVALUATE_ENV=str(tmp_path), PIP_NO_INDEX="1")
     assert "ended with exit code 1; nothing was left behind" in output and not list(tmp_path.iterdir())
