@@ -125,7 +125,10 @@ def test_pretraining_start_writes_a_config_that_describes_the_checkpoint(world):
         mm_fuser_num_heads=4,
         mm_fuser_num_points=4,
         mm_fuser_window_size=3,
+        mm_fuser_output="add",
+        mm_fuser_start="identity",
         mm_fuser_lr=None,
+        mm_fuser_gate_lr=None,
     )
     assert config.mm_projector_type == "mmfuser" and config.mm_vision_select_layer == -2
 
