@@ -190,11 +190,8 @@ def _visualize(options: argparse.Namespace) -> bool:
     given.update(path=options.model_path, base=options.model_base)
     failed = False
     for outcome in visualize(options.image, options.output, options.at, options.npz, **given):
-        if isinstance(outcome, ValueError):
-            _complain("visualize", str(outcome))
-            failed = True
-        else:
-            _say(outcome)
+        failed |= isinstance(outcome, ValueError)
+        _complain("visualize", str(outcome)) if isinstance(outcome, ValueError) else _say(outcome)
     return failed
 
 
@@ -258,9 +255,8 @@ def _run(options: argparse.Namespace) -> int:
                 sys.path[0] = os.path.dirname(os.path.abspath(target))
             runpy.run_path(target, run_name="__main__")
     except (ImportError, OSError, ValueError) as error:
-        frame, _ = list(traceback.walk_tb(error.__traceback__))[-1]
-        ours = frame.f_globals is globals() or frame.f_globals.get("__name__") == "runpy"
-        if not ours:  # the script's own fault
+        module = [frame for frame, _ in traceback.walk_tb(error.__traceback__)][-1].f_globals
+        if module is not globals() and module.get("__name__") != "runpy":  # the script's own fault
             raise
         _complain("run", f"{target!r} cannot be run as a script or as a module: {error}")
         return 1

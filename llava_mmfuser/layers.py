@@ -31,11 +31,7 @@ class Layers(tuple):
 
     @classmethod
     def parse(cls, value: Any, setting: str = "mm_vision_select_layer") -> "Layers":
-        """Read the query alone (an int or its text), or all layers (ints or their text in one of `SPELLINGS`).
-
-        Raises:
-            ValueError: the value cannot be read as layers, or is a list of fewer than two.
-        """
+        """Read the query alone (an int or its text), or all layers (ints or their text in one of `SPELLINGS`)."""
         if isinstance(value, cls):
             return value
         items, alone = value, False
@@ -60,11 +56,7 @@ class Layers(tuple):
 
     @classmethod
     def parse_listed(cls, value: Any, query: Any = None, setting: str = "mm_fuser_layers") -> "Layers":
-        """As `parse`, for ``mm_fuser_layers``: all layers, or the name of a set below the query.
-
-        Args:
-            query: ``mm_vision_select_layer``; None means LLaVA-1.5's -2.
-        """
+        """Read ``mm_fuser_layers``: all layers as in `parse`, or a named set below the query (None: LLaVA-1.5's -2)."""
         name = value.strip().lower() if isinstance(value, str) else None
         if name in LAYER_SETS:
             query = cls.parse(-2 if query is None else query)
@@ -115,10 +107,6 @@ class Layers(tuple):
         Args:
             num_hidden_layers: number of blocks n in the whole tower; valid indices are -(n+1) … n.
             num_deleted: number of last blocks that LLaVA deletes.
-
-        Raises:
-            ValueError: a layer does not exist, is deleted, appears twice or is out of order; or the set does not fit
-                below the query.
         """
         size = num_hidden_layers + 1
         for index in self:
@@ -152,8 +140,7 @@ class Layers(tuple):
 
         The paper compares such sets, but does not publish all indices.
         """
-        below = NUM_UNIFORM_LAYERS - 1
-        stride = round(query / NUM_UNIFORM_LAYERS)
+        below, stride = NUM_UNIFORM_LAYERS - 1, round(query / NUM_UNIFORM_LAYERS)
         first, step, count = {
             "uniform": (query - below * stride, stride, below),
             "shallow": (1, 1, below),
@@ -172,20 +159,18 @@ class Layers(tuple):
             resolved: their non-negative indices in one tower. None means an unknown tower: then negative layers are
                 compared with negative ones only, and the others with the others.
         """
-        kinds = [(layer < 0 if resolved is None else None) for layer in self]
         places = tuple(self if resolved is None else resolved)
         indices = "" if places == tuple(self) else f" (as indices: {spell(places)})"
+        kinds = [(layer < 0 if resolved is None else None) for layer in self]
         for kind in dict.fromkeys(kinds):
             of_kind = [(place, layer) for place, layer, own in zip(places, self, kinds) if own == kind]
-            if len({place for place, _ in of_kind}) != len(of_kind):
+            if len(dict(of_kind)) != len(of_kind):
                 raise ValueError(f"{self.setting}={self} names a layer twice{indices}; every layer may appear once")
             if of_kind != sorted(of_kind):
                 ordered = iter(sorted(of_kind))
-                advice = [next(ordered)[1] if own == kind else layer for layer, own in zip(self, kinds)]
-                raise ValueError(
-                    f"{self.setting}={self} is not in order{indices}; write shallow to deep, the query layer last: "
-                    f"{spell(advice)}"
-                )
+                advice = spell([next(ordered)[1] if own == kind else layer for layer, own in zip(self, kinds)])
+                rule = "write shallow to deep, the query layer last"
+                raise ValueError(f"{self.setting}={self} is not in order{indices}; {rule}: {advice}")
 
 
 def is_listed(value: Any) -> bool:

@@ -1,1 +1,1 @@
-"""`python -m llava_mmfuser visualize`: what a fuser reads, what it makes of it, and where it looks."""
+"""Draws the maps that a fuser reads, the map that it makes, and its samples: `python -m llava_mmfuser visualize`."""

@@ -15,22 +15,17 @@ from .reading import Model, read_model
 def visualize(
     images: Sequence[str], output: str, at: Optional[str] = None, npz: bool = False, **model: Any
 ) -> Iterator[Union[str, ValueError]]:
-    """Write one PNG for each picture into the folder `output`, which is made if it is absent.
-
-    NAME.jpg becomes NAME.maps.png; further pictures of the same name get -2, -3, ….
+    """Draw NAME.jpg as NAME.maps.png in the folder `output`; pictures of the same name get -2, -3, ….
 
     Args:
-        images: files, folders or URLs, see `expand` and `read_picture`.
+        images: files, folders or URLs, see `expand`.
         at: ``x,y``, a point in pixels of every picture; the PNG shows where the query there samples.
-        npz: write the arrays of `FeatureMaps.arrays` beside each PNG.
+        npz: write `FeatureMaps.arrays` beside each PNG.
         model: arguments of `read_model`.
 
     Yields:
-        A line for each note and each PNG, a ValueError for each picture that failed.
-
-    Raises:
-        ValueError: before the first picture: no matplotlib, `at` is no point, or the model cannot be read.
-        OSError: `output` cannot be made.
+        A line for each note and each PNG, a ValueError for each picture that failed. Errors before the first picture
+        are raised.
     """
     number = r"\s*([+-]?\d+(?:\.\d*)?)\s*"
     match = None if at is None else re.fullmatch(f"{number},{number}", at)

@@ -205,14 +205,10 @@ def _sample_panels(
         weights = of_all[:, level].reshape(-1)
         axes.add_patch(_rectangle(maps.box, color="0.75", zorder=-1))
         _show_picture(axes, maps, cmap="gray", vmin=-200, vmax=255)
-        axes.scatter(
-            *samples[:, level].reshape(-1, 2).T,
-            s=18 * weights * levels * points,  # 18 square points where all weights are equal
-            color=colouring.to_rgba(np.repeat(np.arange(heads), points)),
-            edgecolors="black",
-            linewidths=0.4,
-            alpha=0.85,
-        )
+        size = 18 * weights * levels * points  # 18 square points where all weights are equal
+        colour = colouring.to_rgba(np.repeat(np.arange(heads), points))
+        x, y = samples[:, level].reshape(-1, 2).T
+        axes.scatter(x, y, s=size, color=colour, edgecolors="black", linewidths=0.4, alpha=0.85)
         _outline(axes, cell)
         _frame(axes, maps, f"samples, weight {weights.sum() / heads:.0%}", window)
     board.bar(levels, 2, board.width + 0.08, colouring, "head", ticks=range(0, heads, max(1, heads // 8)))

@@ -48,18 +48,10 @@ class FeatureMaps(NamedTuple):
 
 @torch.no_grad()
 def feature_maps(model: Model, picture: Image.Image, at: Optional[Tuple[float, float]] = None) -> FeatureMaps:
-    """Compute all maps of one RGB picture, and the samples of the query at a point.
-
-    Args:
-        at: x and y in pixels of the picture, from its top left corner.
-
-    Raises:
-        ValueError: the point lies outside the picture, or outside the part that the tower sees.
-    """
+    """Compute all maps of one RGB picture, and the samples of the query at the point (x, y) in its pixels."""
     if at is not None and not (0 <= at[0] < picture.width and 0 <= at[1] < picture.height):
-        raise ValueError(
-            f"--at {at[0]:g},{at[1]:g} lies outside the picture of {picture.width} x {picture.height} pixels"
-        )
+        width, height = picture.size
+        raise ValueError(f"--at {at[0]:g},{at[1]:g} lies outside the picture of {width} x {height} pixels")
     pixels, box = preprocess(picture, model.processor, model.aspect_ratio)
     size = model.tower.config.image_size
     if tuple(pixels.shape[2:]) != (size, size):

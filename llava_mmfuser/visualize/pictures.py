@@ -14,11 +14,7 @@ _URL = re.compile(r"https?://", re.IGNORECASE)
 
 
 def expand(source: str) -> List[str]:
-    """The pictures of a folder, sorted by name; a file or URL alone. Subfolders and hidden files are left out.
-
-    Raises:
-        ValueError: the folder has no file with the ending of a picture.
-    """
+    """The pictures of a folder, sorted by name, without subfolders and hidden files; or the file or URL itself."""
     if _URL.match(source) or not os.path.isdir(source):
         return [source]
     Image.init()
@@ -31,11 +27,7 @@ def expand(source: str) -> List[str]:
 
 
 def read_picture(source: str) -> Image.Image:
-    """A file or URL in RGB. As in LLaVA, EXIF orientation is ignored and an animation gives its first frame.
-
-    Raises:
-        ValueError: no such file, no answer from the server, or no whole picture.
-    """
+    """A file or URL in RGB. As in LLaVA, EXIF orientation is ignored and an animation gives its first frame."""
     if _URL.match(source):
         import requests
 
