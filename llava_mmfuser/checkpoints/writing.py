@@ -239,11 +239,9 @@ def write_folder(source: str, out: str, steps: List[Step], command: str) -> None
     narrowest = functools.reduce(operator.and_, modes.values(), 0o777)
     needed, free = sum(step.size for step in steps), shutil.disk_usage(parent).free
     if needed > free:
-        sizes = (
-            f"{needed} bytes ({needed / 1e9:.1f} GB), but only {free} bytes ({free / 1e9:.1f} GB) are free in {parent}"
-        )
+        sizes = f"{needed} bytes ({needed / 1e9:.1f} GB), but only {free} bytes ({free / 1e9:.1f} GB) are free in"
         advice = "free some, choose another place, or share unchanged weight files with the input by --link"
-        raise ValueError(f"{out} needs {sizes}; {advice}")
+        raise ValueError(f"{out} needs {sizes} {parent}; {advice}")
     try:
         os.mkdir(work, os.stat(source).st_mode & 0o777 | 0o700)
     except FileExistsError as error:

@@ -223,10 +223,8 @@ def _stock(
     if settings.projector == "mlp2x_gelu" and (without_cls or fuser.is_identity()):
         exact = stock.first_layer(fusion, fuser, settings.layers, weight.read())
     if exact is None and plain:
-        can = "only linear fusions of patches, and fusers with shut gates, in front of mlp2x_gelu"
-        raise ValueError(
-            f"{settings.summary()}, {settings.projector}: transformers' own LLaVA can say {can}; drop --stock"
-        )
+        can = "only linear fusions of patches, and fusers with shut gates, in front of mlp2x_gelu; drop --stock"
+        raise ValueError(f"{settings.summary()}, {settings.projector}: transformers' own LLaVA can say {can}")
     if exact is None or plain is False:
         return None, []
     blocks = {layer: block.to(getattr(torch, weight.dtype)) for layer, block in exact.items()}
