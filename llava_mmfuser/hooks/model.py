@@ -90,12 +90,12 @@ def initialize_vision_modules(original, self, model_args, *args, **kwargs):
 
 
 def _check_trainer(model_args: Any) -> None:
-    rates = {name: getattr(model_args, name, None) for name in ("mm_fuser_lr", "mm_fuser_gate_lr")}
     refusal = applied.get(
         "llava.train.llava_trainer",
         "it needs LLaVATrainer, which has not been imported; train with it or drop the flag",
     )
-    for name, rate in rates.items():
+    for name in RATES:
+        rate = getattr(model_args, name, None)
         if rate is not None and refusal is not None:
             raise ValueError(f"{name}={rate}: {refusal}")
 

@@ -303,9 +303,10 @@ def set_opening_rate(scheduler: Any, projector: MMFuserProjector, steps: int) ->
         identity, size = fuser.is_identity(), opens[0].detach().float().abs().mean().item()
     full, rest = full_steps(scheduler, steps), scheduler.base_lrs[held[0]]
     apart = all(id(parameter) in ids for index in held for parameter in groups[index]["params"])
-    rate = opening_rate(rest, full) if identity and apart and gate_rate(projector) is None else rest
+    raised = identity and apart and rest > 0 and gate_rate(projector) is None
+    rate = opening_rate(rest, full) if raised else rest
     for index in held if rate > rest else []:
-        now = groups[index]["lr"] / rest if rest else 1.0  # of the schedule
+        now = groups[index]["lr"] / rest  # of the schedule
         scheduler.base_lrs[index] = groups[index]["initial_lr"] = rate
         groups[index]["lr"] = rate * now
     if rate > rest:

@@ -196,7 +196,11 @@ def test_the_way_back_leads_to_the_same_checkpoint(parts, tmp_path, name):
     kept = {key for key in old if name == "tower" or "vision_tower" not in key}
     assert set(new) == kept and all(torch.equal(new[key], old[key]) for key in kept)
     before, after = (json.loads((f / "config.json").read_text()) for f in (checkpoint, tmp_path / "llava-back"))
-    own = {key for key in before if key.startswith("mm_")} - {"mm_fuser_lr", "mm_vision_select_layer"}
+    own = {key for key in before if key.startswith("mm_")} - {
+        "mm_fuser_lr",
+        "mm_fuser_gate_lr",
+        "mm_vision_select_layer",
+    }
     for key in (*own, "vocab_size", "hidden_size", "rope_theta", "torch_dtype", "tokenizer_model_max_length"):
         assert after[key] == before[key], key
     first, second = making.ask_llava(checkpoint), making.ask_llava(tmp_path / "llava-back")

@@ -209,7 +209,7 @@ def trained(starts):
         return host.once(output, lambda output: make(output, start, route))
 
     def make(output, start, route):
-        options = dict(learning_rate=0, mm_fuser_gate_lr="inherit", max_steps=1)
+        options = dict(learning_rate=0, max_steps=1)
         if start in ADAPTERS:
             options["pretrain_mm_mlp_adapter"] = starts[start] / "mm_projector.bin"
         else:

@@ -300,7 +300,7 @@ def test_pictures_say_what_they_show(tmp_path):
 
 def test_splits_share_neither_handwriting_nor_columns(tmp_path, monkeypatch):
     seen = {}
-    monkeypatch.setattr(pictures, "_photographs", lambda *span: seen.setdefault(span, []) or [None])
+    monkeypatch.setattr(pictures, "photographs", lambda *span: seen.setdefault(span, []) or [None])
     monkeypatch.setattr(pictures, "_square", lambda *_: pictures.Image.new("RGB", (64, 64)))
     digits = []
     original = pictures._with_number
