@@ -91,10 +91,11 @@ def replace(target: str, replacement: Callable, when: Optional[Callable[..., boo
     original = inspect.getattr_static(owner, name)
     places = [(owner, name)]
     if isinstance(original, classmethod):
-        call = original.__func__
-        function: Any = classmethod(
-            stand_in(call, lambda cls, *args, **kwargs: replacement(functools.partial(call, cls), *args, **kwargs))
-        )
+
+        def bound(call, cls, *args, **kwargs):
+            return replacement(functools.partial(call, cls), *args, **kwargs)
+
+        function: Any = classmethod(_stand_in(original.__func__, bound, when))
     elif isinstance(original, staticmethod):
         function = staticmethod(_stand_in(original.__func__, replacement, when))
     else:

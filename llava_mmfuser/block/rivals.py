@@ -95,7 +95,7 @@ class ChannelConcat(SimpleFusion):
         return (self.num_layers - 1) * self.hidden_size
 
     def extra_channels(self, layers: Maps) -> torch.Tensor:
-        """They themselves: [B, N, extra_width]."""
+        """The maps below the query, side by side: [B, N, extra_width]."""
         return torch.cat(list(layers[:-1]), dim=-1)
 
     def forward(self, layers: Maps) -> torch.Tensor:

@@ -101,12 +101,13 @@ def _finish(parsed: Any, given: Mapping[str, Any]) -> Tuple[Any, ...]:
     """Set the flags that were given on `ModelArguments`, and check what can be known of the run."""
     model_args = next(part for part in parsed if all(hasattr(part, name) for name in _OF_LLAVA))
     defaults: Dict[str, Any] = {f.name: f.default for f in dataclasses.fields(FuserArguments)}
-    for name, value in given.items():
-        if value != defaults[name]:
-            setattr(model_args, name, value)
+    flags = [name for name, value in given.items() if value != defaults[name]]
+    for name in flags:
+        setattr(model_args, name, given[name])
     layers = model_args.mm_vision_select_layer
-    if isinstance(layers, Layers):
+    if isinstance(layers, Layers):  # which the host could not read
         model_args.mm_vision_select_layer = layers.select_layer
-    check_arguments(model_args, listed=isinstance(layers, Layers))
+        flags.append("mm_vision_select_layer")
+    check_arguments(model_args, flags)
     check_run(model_args, next((part for part in parsed if hasattr(part, "output_dir")), None))
     return tuple(parsed)

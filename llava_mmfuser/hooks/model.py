@@ -14,7 +14,7 @@ from ..names import describe
 from ..patching import applied
 from ..projector import MMFuserProjector
 from ..towers import check_features
-from .optimizer import RATES, parse_gate_rate
+from .optimizer import RATES, parse_rate
 from .run import check_arguments, other_type, resolve_run, seed
 from .wrappers import gathered, is_wrapper, unwrapped
 
@@ -62,7 +62,7 @@ def initialize_vision_modules(original, self, model_args, *args, **kwargs):
         self.mm_projector = type(holder)(projector, holder.active_adapter) if wrapped else projector
     self.config.update(settings.to_llava())
     for name in RATES:  # as upstream keeps mm_projector_lr
-        setattr(self.config, name, getattr(model_args, name, None))
+        setattr(self.config, name, parse_rate(name, getattr(model_args, name, None)))
     original(self, model_args, *args, **kwargs)
     tower = self.get_vision_tower()
     if not isinstance(getattr(tower, "select_layer", None), list):  # a class of the host without a row
@@ -74,8 +74,7 @@ def initialize_vision_modules(original, self, model_args, *args, **kwargs):
     projector = unwrapped(self.mm_projector)
     if self.mm_projector is not projector:
         self.mm_projector.original_module.requires_grad_(False)  # upstream unfreezes all that is below mm_projector
-    projector.lr = self.config.mm_fuser_lr
-    projector.gate_lr = parse_gate_rate(self.config.mm_fuser_gate_lr)
+    projector.lr, projector.gate_lr = self.config.mm_fuser_lr, self.config.mm_fuser_gate_lr
     projector.log_gates = getattr(model_args, "mm_fuser_log_gates", True)
     if run.adapter is not None and run.shapes != projector.shapes():
         check_shapes(adapter, run.adapter, projector.shapes(), describe(run.adapter))

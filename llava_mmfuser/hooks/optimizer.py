@@ -242,22 +242,26 @@ LEAST = 0.1  # a run that can move it no further is warned
 SHUT = 0.01  # below this mean absolute value gates count as shut
 
 
-def parse_gate_rate(text: Optional[str]) -> Rate:
-    """The value of ``--mm_fuser_gate_lr``.
+def parse_rate(name: str, value: Any) -> Rate:
+    """A learning rate from a command line, from YAML, which reads 1e-4 as a text, or by hand.
+
+    Args:
+        name: one of `RATES`; ``inherit`` is for the gates only.
+        value: a number, a text of one, ``inherit`` or None.
 
     Raises:
-        ValueError: it is neither a number of at least 0 nor ``inherit``.
+        ValueError: anything else, or a number below 0.
     """
-    if text is None or text == INHERIT:
-        return text
+    words = (None, INHERIT) if name == "mm_fuser_gate_lr" else (None,)
+    if value in words:
+        return value
     try:
-        rate = float(text)
-    except ValueError:
+        rate = float(value)
+    except (TypeError, ValueError):
         rate = -1.0
     if not 0 <= rate < float("inf"):
-        raise ValueError(
-            f"mm_fuser_gate_lr={text} is not allowed; use a number of at least 0, such as 1e-2, or {INHERIT}"
-        )
+        or_inherit = f", or {INHERIT}" if INHERIT in words else ""
+        raise ValueError(f"{name}={value} is not allowed; use a number of at least 0, such as 1e-4{or_inherit}")
     return rate
 
 

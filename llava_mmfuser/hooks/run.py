@@ -7,7 +7,7 @@ mistakes fail before a weight is read.
 import contextlib
 import dataclasses
 import os
-from typing import Any, Dict, Mapping, NamedTuple, Optional
+from typing import Any, Dict, Mapping, NamedTuple, Optional, Sequence
 
 import torch
 
@@ -16,13 +16,13 @@ from ..checkpoints.adapter import match_adapter, read_adapter
 from ..checkpoints.files import read_config
 from ..checkpoints.folder import FULL, folder_kind
 from ..checkpoints.verdict import other_setting
-from ..config import FLAG_PREFIX, PROJECTOR_TYPE, MMFuserConfig, explicit_settings
+from ..config import PROJECTOR_TYPE, MMFuserConfig, explicit_settings
 from ..layers import spell
 from ..names import Shapes, expected_shapes
 from ..patching import folder_of, is_replaced
 from ..towers import TowerConfig, check_features, check_name, tower_config
 from . import next as llava_next
-from .optimizer import RATES, UNTRAINED, parse_gate_rate
+from .optimizer import RATES, UNTRAINED, parse_rate
 
 HOST_CLASSES = {"CLIP": "CLIPVisionTower", "SigLIP": "SigLipVisionTower"}  # kind of tower -> LLaVA's class
 
@@ -43,26 +43,22 @@ def seed() -> Optional[int]:
     return getattr(_Last.training_args, "seed", None)
 
 
-def check_arguments(arguments: Any, listed: bool = False) -> None:
+def check_arguments(arguments: Any, given_flags: Sequence[str] = ()) -> None:
     """Refuse wrong settings of `ModelArguments` before any weight is read.
 
     Args:
         arguments: `ModelArguments`, with the ``mm_fuser_*`` settings that the user gave.
-        listed: whether ``mm_vision_select_layer`` is a list, which the host itself cannot read.
+        given_flags: the settings that a parser was given for the fuser.
 
     Raises:
         ValueError: see `MMFuserConfig`; or another ``mm_projector_type`` got settings of the fuser.
     """
-    lr = getattr(arguments, "mm_fuser_lr", None)
-    if lr is not None and not 0 <= lr < float("inf"):
-        raise ValueError(f"mm_fuser_lr={lr} is not allowed; use a number of at least 0, such as 1e-4")
-    parse_gate_rate(getattr(arguments, "mm_fuser_gate_lr", None))
+    for name in RATES:
+        parse_rate(name, getattr(arguments, name, None))
     if arguments.mm_projector_type != PROJECTOR_TYPE:
-        names = [name for name in vars(arguments) if name.startswith(FLAG_PREFIX)]
-        names += ["mm_vision_select_layer"] if listed else []
-        if names:
+        if given_flags:
             raise ValueError(
-                f"{', '.join(names)} was given, which needs mm_projector_type={PROJECTOR_TYPE}, but it is "
+                f"{', '.join(given_flags)} was given, which needs mm_projector_type={PROJECTOR_TYPE}, but it is "
                 f"{arguments.mm_projector_type!r}; add --mm_projector_type {PROJECTOR_TYPE} or drop the setting"
             )
         return

@@ -27,8 +27,9 @@ def find_projector(model: nn.Module) -> Optional[MMFuserProjector]:
 
 
 def config_of(model: nn.Module) -> Any:
-    """The config of the LLaVA in a model; a wrapper around LLaVA may lack a config."""
-    return next((module for module in model.modules() if hasattr(module, "get_vision_tower")), model).config
+    """The config of the LLaVA in a model, or the model's own, or None; a wrapper around LLaVA may lack one."""
+    llava = next((module for module in model.modules() if hasattr(module, "get_vision_tower")), model)
+    return getattr(llava, "config", None)
 
 
 @contextlib.contextmanager

@@ -202,6 +202,17 @@ def by_yaml(parser, given, folder):
     return parser.parse_yaml_file(str(folder / "run.yaml"))
 
 
+def test_a_rate_that_yaml_reads_as_a_text_is_a_number(world, tmp_path):
+    parser = transformers.HfArgumentParser((upstream.ModelArguments, upstream.TrainingArguments))
+    lines = [f"{name}: {value}" for name, value in settings_for(world, tmp_path, mm_fuser_lr="1e-4").items()]
+    (tmp_path / "run.yaml").write_text("\n".join(lines))
+    model_args, _ = parser.parse_yaml_file(str(tmp_path / "run.yaml"))
+    assert model_args.mm_fuser_lr == "1e-4", "else this shows nothing"
+    model = LlavaLlamaForCausalLM(LlavaConfig(**TINY))
+    model.get_model().initialize_vision_modules(model_args)
+    assert find_projector(model).lr == model.config.mm_fuser_lr == 1e-4
+
+
 def by_hand(parser, given, folder):
     parts = []
     for kind in parser.dataclass_types:
